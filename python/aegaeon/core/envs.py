@@ -1,0 +1,129 @@
+"""The environment variables that `aegaeon` reads, and the only place that reads `os.environ`.
+
+One function per variable, read at the time of the call and parsed strictly: a value that is set but
+malformed raises `ConfigError` with the name, the value and the accepted form. An empty value counts
+as unset. Variables that configure the build (`AEGAEON_WERROR`, `AEGAEON_SANITIZE`) are read by
+`setup.py` and do not concern this module.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from .errors import ConfigError
+
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+REQUIREMENTS = ("gpu", "vllm")
+
+
+class Variable(NamedTuple):
+    """One variable: what it does, as `aegaeon --help` and the documentation print it."""
+
+    name: str
+    accepted: str
+    meaning: str
+
+
+VARIABLES = (
+    Variable(
+        "AEGAEON_ENABLE",
+        "0 or 1",
+        "act in this vLLM process; without it the vLLM plugin is loaded but changes nothing",
+    ),
+    Variable(
+        "AEGAEON_CACHE_DIR",
+        "a directory",
+        "files that may be deleted at any time (default: aegaeon below the user's cache directory)",
+    ),
+    Variable("AEGAEON_LOG_LEVEL", " | ".join(LOG_LEVELS), "least severe message that is printed"),
+    Variable(
+        "AEGAEON_REQUIRE",
+        f"names separated by commas: {', '.join(REQUIREMENTS)}",
+        "in tests: a check that needs one of these and does not find it fails, not skips",
+    ),
+)
+NAMES = tuple(variable.name for variable in VARIABLES)
+
+
+def enable() -> bool:
+    """AEGAEON_ENABLE: whether the plugin acts in this process. Default: no."""
+    value = _get("AEGAEON_ENABLE")
+    if value is None:
+        return False
+    if value not in ("0", "1"):
+        raise _malformed("AEGAEON_ENABLE", value)
+    return value == "1"
+
+
+def cache_dir() -> Path:
+    """AEGAEON_CACHE_DIR, else `aegaeon` below XDG_CACHE_HOME, else below `~/.cache`. Not created
+    here.
+    """
+    value = _get("AEGAEON_CACHE_DIR")
+    if value is not None:
+        return Path(value).expanduser().absolute()
+    base = _get("XDG_CACHE_HOME")
+    return (Path(base) if base is not None else Path.home() / ".cache") / "aegaeon"
+
+
+def log_level() -> str:
+    """AEGAEON_LOG_LEVEL: one of LOG_LEVELS. Default: INFO."""
+    value = _get("AEGAEON_LOG_LEVEL")
+    if value is None:
+        return "INFO"
+    if value.upper() not in LOG_LEVELS:
+        raise _malformed("AEGAEON_LOG_LEVEL", value)
+    return value.upper()
+
+
+def require() -> frozenset[str]:
+    """AEGAEON_REQUIRE: what tests must find. Default: nothing."""
+    value = _get("AEGAEON_REQUIRE")
+    if value is None:
+        return frozenset()
+    names = frozenset(name.strip() for name in value.split(","))
+    if not names <= set(REQUIREMENTS):
+        raise _malformed("AEGAEON_REQUIRE", value)
+    return names
+
+
+def hub_cache_dir() -> Path:
+    """Where the Hugging Face libraries keep downloaded models (their HF_HUB_CACHE and HF_HOME are
+    honoured).
+    """
+    cache = _get("HF_HUB_CACHE")
+    if cache is not None:
+        return Path(cache).expanduser()
+    home = _get("HF_HOME")
+    if home is not None:
+        return Path(home).expanduser() / "hub"
+    base = _get("XDG_CACHE_HOME")
+    return (Path(base) if base is not None else Path.home() / ".cache") / "huggingface" / "hub"
+
+
+def lookup(name: str) -> str | None:
+    """The value of any variable, for `${env.NAME}` in a pool file; None when unset."""
+    return os.environ.get(name)
+
+
+def child_environment(changes: Mapping[str, str | None]) -> dict[str, str]:
+    """This process's environment for a child, with `changes` applied; None removes a variable."""
+    environment = dict(os.environ)
+    for name, value in changes.items():
+        if value is None:
+            environment.pop(name, None)
+        else:
+            environment[name] = value
+    return environment
+
+
+def _get(name: str) -> str | None:
+    return os.environ.get(name) or None
+
+
+def _malformed(name: str, value: str) -> ConfigError:
+    accepted = next(variable.accepted for variable in VARIABLES if variable.name == name)
+    return ConfigError(f"environment variable {name}: got {value!r}; expected {accepted}")
