@@ -52,8 +52,9 @@ def read_yaml(path: Path) -> YamlSource:
         line = "" if mark is None else f":{mark.line + 1}"
         column = "" if mark is None else f" (column {mark.column + 1})"
         raise ConfigError(f"{path}{line}: not valid YAML: {error.problem}{column}") from None
-    except yaml.YAMLError as error:  # an unprintable character: no mark
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    except yaml.reader.ReaderError as error:
+        place = f"character {error.position + 1}"
+        raise ConfigError(f"{path}: not valid YAML: {error.reason} at {place}") from None
 
 
 def _parse(path: Path, text: str) -> YamlSource:
