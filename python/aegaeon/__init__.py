@@ -1,5 +1,1 @@
-"""Serve many LLMs on few GPUs: one engine process, models switched between tokens.
-
-Importing this package does nothing; the parts are imported by name (`aegaeon.core`,
-`aegaeon.sched`, ...).
-"""
+"""aegaeon: many LLMs in one engine process, switched between tokens."""

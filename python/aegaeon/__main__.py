@@ -1,0 +1,6 @@
+"""`python -m aegaeon`."""
+
+from aegaeon.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Checks a checkpoint's files before any process is started for it.
+
+Reads the headers of the safetensors files only, through the safetensors library, which checks them
+against the length of the file: a truncated file or an altered header is found here, by name.
+"""
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from aegaeon.core.errors import ModelLoadError
+
+
+def weight_bytes(model: str, path: Path) -> int:
+    """Bytes of all tensors of the checkpoint in `path`, as stored.
+
+    Raises ModelLoadError, naming the file, for a missing, truncated or altered one, and for a
+    checkpoint without safetensors weights.
+    """
+    if not (path / "config.json").is_file():
+        raise ModelLoadError(model, f"{path} has no config.json")
+    total = 0
+    for file in _weight_files(model, path):
+        total += _tensor_bytes(model, file)
+    return total
+
+
+def _weight_files(model: str, path: Path) -> list[Path]:
+    index = path / "model.safetensors.index.json"
+    if not index.is_file():
+        files = sorted(path.glob("*.safetensors"))
+        if not files:
+            raise ModelLoadError(model, f"{path} has no safetensors weights (nothing else is read)")
+        return files
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelLoadError(model, f"{index} is damaged: {error!r}") from error
+    files = [path / str(name) for name in sorted(names)]
+    for file in files:
+        if file.parent != path or not file.is_file():
+            raise ModelLoadError(model, f"{index} names {file.name}, which is not there")
+    return files
+
+
+def _tensor_bytes(model: str, file: Path) -> int:
+    try:
+        with safe_open(file, framework="numpy") as tensors:
+            names = list(tensors.keys())
+    except (SafetensorError, OSError) as error:
+        raise ModelLoadError(model, f"{file} is truncated or altered: {error}") from error
+    if not names:
+        raise ModelLoadError(model, f"{file} has no tensors")
+    header_bytes = int.from_bytes(file.open("rb").read(8), "little")
+    return file.stat().st_size - 8 - header_bytes

@@ -1,0 +1,176 @@
+"""The command line: `aegaeon serve | generate | demo | tiny-model | check-config | config-schema`.
+
+Parses, calls, prints. Whatever a command does is in the module it imports, and vLLM is imported
+only by commands that need it.
+"""
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from aegaeon.core import config, envs
+from aegaeon.core.errors import AegaeonError, ConfigError
+
+app = typer.Typer(
+    name="aegaeon",
+    help="Serve many LLMs on few GPUs: one engine process, models switched between tokens.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+PoolFile = Annotated[Path, typer.Argument(metavar="POOL.YAML", help="The pool file.")]
+
+
+@app.command()
+def serve(
+    pool_file: PoolFile,
+    host: Annotated[str | None, typer.Option(help="Overrides server.host.")] = None,
+    port: Annotated[int | None, typer.Option(help="Overrides server.port; 0: any free.")] = None,
+    check_config: Annotated[
+        bool, typer.Option("--check-config", help="Only check the pool file and the checkpoints.")
+    ] = False,
+) -> None:
+    """Start the OpenAI-compatible server for all models of a pool."""
+    from aegaeon import launch
+
+    pool = _with_address(config.load_pool(pool_file), host, port)
+    if check_config:
+        launch.check_pool(pool)
+        print(f"{pool_file}: fine; models: {', '.join(model.name for model in pool.models)}")
+        return
+
+    def ready(address: str) -> None:
+        names = ", ".join(name for model in pool.models for name in model.names)
+        print(f"aegaeon serves {names} on {address}/v1", flush=True)
+
+    launch.serve(pool, on_ready=ready)
+
+
+@app.command()
+def generate(
+    model: Annotated[list[str], typer.Option(help="A checkpoint directory; repeat for several.")],
+    prompt: Annotated[list[str], typer.Option(help="A prompt, given to every model; repeatable.")],
+    max_tokens: Annotated[int, typer.Option(min=1)] = 32,
+    temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Of the sampling.")] = None,
+    device_memory: Annotated[
+        str | None,
+        typer.Option(help="What all models share, e.g. 64MiB. Default: the largest fits."),
+    ] = None,
+    kv_memory: Annotated[str, typer.Option(help="KV cache of one model.")] = "16MiB",
+    max_model_len: Annotated[int | None, typer.Option(min=1)] = None,
+    quantum: Annotated[int, typer.Option(min=1, help="Engine steps of a model per turn.")] = 8,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON line per answer.")] = False,
+) -> None:
+    """Generate with several models in this process, without a server."""
+    from aegaeon.generate import generate_offline
+
+    answers = generate_offline(
+        [
+            config.ModelConfig(
+                model=str(Path(path).absolute()),
+                name=Path(path).name,
+                kv_memory=config.parse_bytes(kv_memory),
+                max_model_len=max_model_len,
+            )
+            for path in model
+        ],
+        prompt,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        device_memory_bytes=None if device_memory is None else config.parse_bytes(device_memory),
+        quantum=quantum,
+    )
+    console = Console()
+    for answer in answers:
+        if as_json:
+            print(json.dumps(vars(answer)))
+        else:
+            console.print(f"[bold]{answer.model}[/bold] · {answer.prompt!r}")
+            console.print(answer.text, markup=False, highlight=False)
+            console.print()
+
+
+@app.command("tiny-model")
+def tiny_model(
+    arch: Annotated[str, typer.Argument(help="llama, qwen3, gemma ... (a wrong one lists all)")],
+    out: Annotated[Path, typer.Argument(help="An empty or new directory.")],
+    size: Annotated[
+        str, typer.Option(help="tiny, small, or a published shape such as 1b")
+    ] = "tiny",
+    seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite")] = False,
+) -> None:
+    """Write a checkpoint with random weights, a real tokenizer and a chat template."""
+    from aegaeon.tiny_model import write_tiny_model
+
+    path = write_tiny_model(arch, out, size=size, seed=seed, overwrite=overwrite)
+    print(path)
+
+
+@app.command()
+def demo(
+    models: Annotated[int, typer.Option(min=2, max=6, help="How many tiny models.")] = 3,
+    requests: Annotated[int, typer.Option(min=1, help="Requests per model.")] = 6,
+    concurrency: Annotated[int, typer.Option(min=1, help="Open requests per model.")] = 4,
+    max_tokens: Annotated[int, typer.Option(min=2)] = 48,
+    quantum: Annotated[int, typer.Option(min=1, help="Engine steps of a model per turn.")] = 4,
+    workdir: Annotated[Path | None, typer.Option(help="Keep models and logs here.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The report as JSON.")] = False,
+) -> None:
+    """Show the whole stack at work on tiny random models, and check every token of it."""
+    from aegaeon.demo import DemoSettings, run_demo
+
+    settings = DemoSettings(
+        models=models,
+        requests=requests,
+        concurrency=concurrency,
+        max_tokens=max_tokens,
+        quantum=quantum,
+    )
+    if not run_demo(settings, workdir=workdir, as_json=as_json):
+        raise typer.Exit(1)
+
+
+@app.command("check-config")
+def check_config(pool_file: PoolFile) -> None:
+    """Check a pool file and the checkpoints it names; start nothing."""
+    serve(pool_file, host=None, port=None, check_config=True)
+
+
+@app.command("config-schema")
+def config_schema() -> None:
+    """Print the JSON schema of a pool file."""
+    print(json.dumps(config.json_schema(), indent=2))
+
+
+def _with_address(pool: config.PoolConfig, host: str | None, port: int | None) -> config.PoolConfig:
+    changes: dict[str, Any] = {}
+    if host is not None:
+        changes["host"] = host
+    if port is not None:
+        changes["port"] = port
+    return pool.model_copy(update={"server": pool.server.model_copy(update=changes)})
+
+
+def main() -> None:
+    """The console script. Our own errors end in one message and a status, not in a traceback."""
+    try:
+        logging.basicConfig(level=envs.log_level(), format="%(levelname)s %(name)s: %(message)s")
+        app()
+    except ConfigError as error:
+        print(f"aegaeon: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (AegaeonError, ValueError) as error:
+        print(f"aegaeon: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

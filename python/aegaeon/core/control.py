@@ -1,0 +1,67 @@
+"""The control channel between the launcher and an instance: JSON messages over a socket pair.
+
+Carries orders, questions and reports; never a token and never a pickle.
+"""
+
+import json
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+from aegaeon.core.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class InstanceSpec:
+    """All that an instance has to know.
+
+    runtime_dir: holds the sockets; removed by whoever ends last.
+    addresses: model name -> `input_address` and `output_address` of vLLM's sockets.
+    """
+
+    device: str
+    device_memory_bytes: int
+    runtime_dir: str
+    policy: str
+    quantum: int
+    models: tuple[ModelConfig, ...]
+    addresses: Mapping[str, Mapping[str, str]]
+
+    def to_message(self) -> dict[str, Any]:
+        return {
+            **vars(self),
+            "models": [model.model_dump(mode="json") for model in self.models],
+        }
+
+    @classmethod
+    def from_message(cls, message: Mapping[str, Any]) -> "InstanceSpec":
+        models = tuple(ModelConfig.model_validate(model) for model in message["models"])
+        return cls(**{**message, "models": models})
+
+
+class Channel:
+    """One end of the channel; `send` may be called from several threads."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._sending = threading.Lock()
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        """Raises OSError when the other side is gone."""
+        payload = json.dumps(message).encode()
+        with self._sending:
+            self._connection.send_bytes(payload)
+
+    def receive(self) -> dict[str, Any] | None:
+        """The next message; None when the other side is gone."""
+        try:
+            payload = self._connection.recv_bytes()
+        except (EOFError, OSError):
+            return None
+        message: dict[str, Any] = json.loads(payload)
+        return message
+
+    def close(self) -> None:
+        self._connection.close()

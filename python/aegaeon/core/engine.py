@@ -1,0 +1,54 @@
+"""What the step loop needs from an engine, and from whoever brings models onto the device.
+
+Both sides are Protocols: vLLM's engine cores implement `Engine` in `aegaeon.vllm_plugin`, the
+tests implement it with a few lines of arithmetic, and neither inherits anything from here.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class EngineLoad:
+    """Open requests of one engine, as counts. `num_waiting` have not produced a token yet."""
+
+    num_running: int
+    num_waiting: int
+
+    @property
+    def num_unfinished(self) -> int:
+        return self.num_running + self.num_waiting
+
+
+class Engine(Protocol):
+    """One model's engine core: its own scheduler and requests, stepped by somebody else."""
+
+    @property
+    def name(self) -> str: ...
+
+    def poll(self) -> None:
+        """Take in what clients sent since the last call: requests, aborts, control calls."""
+
+    def load(self) -> EngineLoad: ...
+
+    def has_work(self) -> bool:
+        """Whether a step would do anything, be it only the report of a finished request."""
+
+    def step(self) -> bool:
+        """Run one iteration; the model must be resident. Returns whether the model ran."""
+
+    def fail(self, error: BaseException) -> None:
+        """End every open request with `error` and refuse new ones; called at most once."""
+
+
+class Residency(Protocol):
+    """Decides nothing, only does: makes one model's bytes resident, evicting others for it."""
+
+    def is_resident(self, name: str) -> bool: ...
+
+    def activate(self, name: str) -> None:
+        """Make `name` resident and current.
+
+        Raises an `AegaeonError` or an `aegaeon_kernels.Error` when it cannot; then every model
+        is as it was, or at worst evicted with all its bytes safe on the host.
+        """

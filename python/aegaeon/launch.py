@@ -1,0 +1,434 @@
+"""Composes a running pool: the instance process, the front in this process, the admin listener.
+
+Owns what must not outlive it: the instance, the folder with the sockets, the listening sockets.
+"""
+
+import asyncio
+import logging
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+
+import psutil
+import uvicorn
+from prometheus_client import REGISTRY, generate_latest
+
+from aegaeon import checkpoint
+from aegaeon.core import envs
+from aegaeon.core.config import PoolConfig, format_bytes
+from aegaeon.core.control import Channel, InstanceSpec
+from aegaeon.core.errors import AegaeonError, CapacityError, InstanceDied, ModelLoadError
+from aegaeon.core.serving import ServedModel
+from aegaeon.server.admin import admin_app
+from aegaeon.server.app import Limits, Router
+from aegaeon.server.auth import ApiKeys
+
+if TYPE_CHECKING:
+    from aegaeon.vllm_plugin.front import Front
+
+logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+
+STOP_GRACE_S = 2.0
+ANSWER_TIMEOUT_S = 5.0
+
+
+def check_pool(pool: PoolConfig) -> None:
+    """Everything about `pool` that can be checked without starting a process.
+
+    Raises ModelLoadError for a checkpoint whose files are not right, CapacityError for a model
+    that could never be resident, and for one that would not fit beside the pinned ones.
+    """
+    device_memory_bytes = resolve_device_memory(pool)
+    needs = {
+        model.name: (checkpoint.weight_bytes(model.name, Path(model.model)), model.kv_memory)
+        for model in pool.models
+        if Path(model.model).is_dir()
+    }
+    pinned = {model.name for model in pool.models if model.pin}
+    for model in pool.models:
+        if model.name not in needs:
+            continue
+        weights, kv = needs[model.name]
+        beside = sum(sum(needs[name]) for name in pinned - {model.name} if name in needs)
+        if weights + kv + beside > device_memory_bytes:
+            others = f", beside pinned models of {format_bytes(beside)}" if beside else ""
+            raise CapacityError(
+                f"model {model.name!r} needs {format_bytes(weights)} weights + "
+                f"{format_bytes(kv)} kv_memory = {format_bytes(weights + kv)}{others}, "
+                f"device_memory is {format_bytes(device_memory_bytes)}: raise device_memory or "
+                f"lower the model's kv_memory",
+                needed_bytes=weights + kv,
+                available_bytes=device_memory_bytes - beside,
+            )
+
+
+def resolve_device(pool: PoolConfig) -> str:
+    """`host` or `cuda:N`."""
+    import aegaeon_kernels as ak
+
+    available = ak.Device.available()
+    if pool.device == "auto":
+        return next((name for name in available if name != "host"), "host")
+    wanted = "cuda:0" if pool.device == "cuda" else pool.device
+    if wanted not in available:
+        raise AegaeonError(
+            f"device: {pool.device} is not there; this machine has: {', '.join(available)}"
+        )
+    return wanted
+
+
+def resolve_device_memory(pool: PoolConfig) -> int:
+    """The arena's capacity in bytes."""
+    import aegaeon_kernels as ak
+
+    device = resolve_device(pool)
+    total = psutil.virtual_memory().total if device == "host" else ak.Device(device).total_bytes
+    return pool.device_memory.resolve(total)
+
+
+def serve(pool: PoolConfig, *, on_ready: Callable[[str], None] = print) -> None:
+    """Run the pool until SIGINT or SIGTERM; returns after everything has ended.
+
+    on_ready: called with the address once requests are answered.
+    Raises AegaeonError when the pool cannot be started, InstanceDied when the instance ends by
+    itself.
+    """
+    check_pool(pool)
+    with ExitStack() as stack:
+        listener = _listen(pool.server.host, pool.server.port)
+        stack.callback(listener.close)
+        runtime_dir = Path(tempfile.mkdtemp(prefix="aegaeon-"))
+        stack.callback(shutil.rmtree, runtime_dir, ignore_errors=True)
+        instance = InstanceProcess(pool, runtime_dir)
+        stack.callback(instance.stop)
+        with suppress(KeyboardInterrupt, asyncio.CancelledError):
+            asyncio.run(_run(pool, instance, runtime_dir, listener, on_ready))
+
+
+class InstanceProcess:
+    """The instance: started here, asked, watched, and ended by `stop`."""
+
+    def __init__(self, pool: PoolConfig, runtime_dir: Path) -> None:
+        self.device = resolve_device(pool)
+        self.addresses = {
+            model.name: {
+                "input_address": f"ipc://{runtime_dir}/{index}.in",
+                "output_address": f"ipc://{runtime_dir}/{index}.out",
+            }
+            for index, model in enumerate(pool.models)
+        }
+        ours, theirs = Pipe()
+        self._process = _spawn_instance(theirs, self.device)
+        theirs.close()
+        self._channel = Channel(ours)
+        self._answers: dict[int, asyncio.Future[Any]] = {}
+        self._next_question = 0
+        self._loaded: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+        self._died = asyncio.Event()
+        self._stopping = False
+        self._channel.send(
+            InstanceSpec(
+                device=self.device,
+                device_memory_bytes=resolve_device_memory(pool),
+                runtime_dir=str(runtime_dir),
+                policy=pool.scheduler.policy,
+                quantum=pool.scheduler.quantum,
+                models=pool.models,
+                addresses=self.addresses,
+            ).to_message()
+        )
+
+    def watch(self) -> None:
+        """Start to take in the instance's messages, on the running event loop."""
+        loop = asyncio.get_running_loop()
+        threading.Thread(
+            target=self._receive, args=(loop,), name="instance-control", daemon=True
+        ).start()
+
+    def _receive(self, loop: asyncio.AbstractEventLoop) -> None:
+        while True:
+            message = self._channel.receive()
+            with suppress(RuntimeError):  # the loop is closed: we are stopping
+                loop.call_soon_threadsafe(self._take, message)
+            if message is None:
+                return
+
+    def _take(self, message: dict[str, Any] | None) -> None:
+        match message:
+            case None:
+                self._died.set()
+                self._loaded.put_nowait(None)
+                for future in self._answers.values():
+                    future.cancel()
+            case {"answer": number, "value": value}:
+                future = self._answers.pop(number, None)
+                if future is not None and not future.done():
+                    future.set_result(value)
+            case _:
+                self._loaded.put_nowait(message)
+
+    async def next_loaded(self) -> str | None:
+        """The name of the next model that has been loaded; None when all have been."""
+        message = await self._loaded.get()
+        match message:
+            case {"event": "loaded", "model": name}:
+                return str(name)
+            case {"event": "ready"}:
+                return None
+            case {"event": "load_failed", "model": name, "message": reason}:
+                raise ModelLoadError(str(name), str(reason))
+        raise self.death()
+
+    async def ask(self, question: str) -> Any:
+        """What the instance answers to `question`. Raises InstanceDied when it is gone."""
+        number = self._next_question
+        self._next_question += 1
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._answers[number] = future
+        try:
+            self._channel.send({"ask": question, "id": number})
+            return await asyncio.wait_for(future, ANSWER_TIMEOUT_S)
+        except (OSError, asyncio.CancelledError):
+            if self._died.is_set():
+                raise self.death() from None
+            raise
+        finally:
+            self._answers.pop(number, None)
+
+    def alive(self) -> bool:
+        return not self._died.is_set() and self._process.poll() is None
+
+    async def wait_for_death(self) -> None:
+        await self._died.wait()
+
+    def death(self) -> InstanceDied:
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=1.0)
+        return InstanceDied(self.device, self._process.returncode)
+
+    def stop(self) -> None:
+        """End the process: politely, then not."""
+        with suppress(OSError):
+            self._channel.send({"ask": "stop"})
+        try:
+            self._process.wait(timeout=STOP_GRACE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._channel.close()
+
+
+def _spawn_instance(theirs: Connection, device: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "aegaeon.vllm_plugin.instance", str(theirs.fileno())],
+        pass_fds=[theirs.fileno()],
+        env=engine_environment(device),
+        stdin=subprocess.DEVNULL,
+        # Ctrl-C in a terminal reaches the launcher alone; it ends the instance.
+        process_group=0,
+    )
+
+
+def engine_environment(device: str) -> dict[str, str]:
+    """The environment of a process that runs vLLM for us."""
+    changes: dict[str, str | None] = {
+        "AEGAEON_ENABLE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+    }
+    return envs.child_environment(changes)
+
+
+async def _run(
+    pool: PoolConfig,
+    instance: InstanceProcess,
+    runtime_dir: Path,
+    listener: socket.socket,
+    on_ready: Callable[[str], None],
+) -> None:
+    stop = _StopRequest()
+    instance.watch()
+    # vLLM's imports take seconds; the instance does its own at the same time.
+    front = await _in_daemon_thread(lambda: _make_front(instance.device))
+    try:
+        served = []
+        by_name = {model.name: model for model in pool.models}
+        while (name := await instance.next_loaded()) is not None:
+            served.append(await front.serve(by_name[name], instance.addresses[name]))
+            logger.info("model %s is ready", name)
+        router = _router(pool, served, instance)
+        public = _Server(_uvicorn_config(router, lifespan="on"))
+        admin = _Server(_uvicorn_config(admin_app(instance.ask), lifespan="off"))
+        stop.then(public)
+        with _unix_listener(_admin_socket_path(pool, runtime_dir)) as admin_listener:
+            background = [
+                asyncio.create_task(_end_on_death(instance, front, public)),
+                asyncio.create_task(_announce(public, listener, on_ready)),
+            ]
+            admin_task = asyncio.create_task(admin.serve(sockets=[admin_listener]))
+            try:
+                await public.serve(sockets=[listener])
+            finally:
+                admin.should_exit = True
+                await admin_task
+                for task in background:
+                    task.cancel()
+        if not instance.alive():
+            raise instance.death()
+    finally:
+        front.close()
+
+
+def _make_front(device: str) -> "Front":
+    from aegaeon.vllm_plugin.front import Front
+
+    return Front(device)
+
+
+def _router(pool: PoolConfig, served: Sequence[ServedModel], instance: InstanceProcess) -> Router:
+    async def metrics() -> str:
+        return generate_latest(REGISTRY).decode() + str(await instance.ask("metrics"))
+
+    keys = pool.server.api_keys_file
+    return Router(
+        served,
+        limits=Limits(
+            max_body_bytes=pool.server.max_body_bytes,
+            max_open_requests=pool.server.max_queued_requests,
+        ),
+        metrics=metrics,
+        alive=instance.alive,
+        api_keys=None if keys is None else ApiKeys(Path(keys)),
+    )
+
+
+async def _end_on_death(instance: InstanceProcess, front: "Front", public: uvicorn.Server) -> None:
+    """When the instance ends by itself: end its requests with an error, then the server."""
+    await instance.wait_for_death()
+    logger.error("%s", instance.death())
+    front.instance_died()
+    public.should_exit = True
+
+
+async def _announce(
+    public: uvicorn.Server, listener: socket.socket, on_ready: Callable[[str], None]
+) -> None:
+    while not public.started:
+        await asyncio.sleep(0.01)
+    host, port = listener.getsockname()[:2]
+    on_ready(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
+
+
+class _StopRequest:
+    """SIGINT and SIGTERM: before there is a server they cancel the start, later they end it."""
+
+    def __init__(self) -> None:
+        self._server: uvicorn.Server | None = None
+        self._main = asyncio.current_task()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._arrived)
+
+    def then(self, server: uvicorn.Server) -> None:
+        self._server = server
+
+    def _arrived(self) -> None:
+        if self._server is not None:
+            self._server.should_exit = True
+        elif self._main is not None:
+            self._main.cancel()
+
+
+class _Server(uvicorn.Server):
+    """Without signal handlers of its own: there are two servers, and one decision to stop."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _uvicorn_config(app: Any, *, lifespan: Literal["on", "off"]) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        lifespan=lifespan,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=1,
+        server_header=False,
+    )
+
+
+async def _in_daemon_thread(function: Callable[[], _T]) -> _T:
+    """Like asyncio.to_thread, but a stop does not wait for the thread."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[_T] = loop.create_future()
+
+    def settle(result: _T | None, error: BaseException | None) -> None:
+        if future.cancelled():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(cast(_T, result))
+
+    def run() -> None:
+        result, failure = None, None
+        try:
+            result = function()
+        except BaseException as error:
+            failure = error
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(settle, result, failure)
+
+    threading.Thread(target=run, name="front-import", daemon=True).start()
+    return await future
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A bound socket; taken before anything is loaded, so that a port in use is known at once."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise AegaeonError(f"cannot listen on {host} port {port}: {error.strerror}") from error
+    return listener
+
+
+def _admin_socket_path(pool: PoolConfig, runtime_dir: Path) -> Path:
+    return runtime_dir / "admin.sock" if pool.admin.socket == "auto" else Path(pool.admin.socket)
+
+
+@contextmanager
+def _unix_listener(path: Path) -> Iterator[socket.socket]:
+    """A listening unix socket that only this user may use; its file goes with it."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        mask = os.umask(0o177)
+        try:
+            listener.bind(str(path))
+        except OSError as error:
+            raise AegaeonError(
+                f"cannot create the admin socket {path}: {error.strerror}"
+            ) from error
+        finally:
+            os.umask(mask)
+        try:
+            yield listener
+        finally:
+            path.unlink(missing_ok=True)

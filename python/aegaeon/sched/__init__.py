@@ -1,0 +1,1 @@
+"""Which model runs next, and for how long: pure Python over names, counts and times."""

@@ -1,0 +1,176 @@
+"""The loop of an instance: take in requests, ask the policy, activate a model, step it.
+
+Replaces the busy loop that each vLLM engine core would run for itself. Knows engines, a policy
+and a residency by their Protocols only, so the tests drive it with arithmetic and a manual clock.
+"""
+
+import logging
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from aegaeon.core.clock import Clock
+from aegaeon.core.engine import Engine, Residency
+from aegaeon.core.errors import AegaeonError
+from aegaeon.sched.scheduler import ModelView, Policy, PoolState, Turn
+
+logger = logging.getLogger(__name__)
+
+# After a failed switch a model waits, twice as long each time, and is given up after the last.
+RETRY_DELAYS_S = (0.05, 0.1, 0.2, 0.4, 0.8)
+# A step that ran no model although there is work (all blocks taken, a remote transfer pending).
+EMPTY_STEP_DELAY_S = 0.001
+
+
+@dataclass
+class LoopCounters:
+    """What the loop did so far; read by the metrics without a lock (each field is one int)."""
+
+    turns: int = 0
+    steps: int = 0
+    failed_switches: int = 0
+    failed_models: int = 0
+
+
+@dataclass
+class _Entry:
+    engine: Engine
+    blocked_until: float = 0.0
+    failures: int = 0
+
+
+@dataclass
+class StepLoop:
+    """Alternates between engines at step granularity.
+
+    policy: decides; asked once per turn.
+    residency: `activate` is called before the steps of a turn.
+    clock: for back-off only.
+    wake: set it (from any thread) when an engine may have got something to poll.
+    recoverable: exceptions of `activate` after which everything is as before and a retry helps.
+    """
+
+    policy: Policy
+    residency: Residency
+    clock: Clock
+    wake: threading.Event = field(default_factory=threading.Event)
+    recoverable: tuple[type[BaseException], ...] = (AegaeonError,)
+    counters: LoopCounters = field(default_factory=LoopCounters)
+
+    def __post_init__(self) -> None:
+        self._entries: dict[str, _Entry] = {}
+        self._last: str | None = None
+        self._stop = False
+
+    def add(self, engine: Engine) -> None:
+        """Host one more engine. Only from the loop's thread, or while it is not running."""
+        if engine.name in self._entries:
+            raise ValueError(f"an engine named {engine.name!r} is already hosted")
+        self._entries[engine.name] = _Entry(engine)
+
+    @property
+    def engines(self) -> Iterable[Engine]:
+        return (entry.engine for entry in self._entries.values())
+
+    def stop(self) -> None:
+        """Make `run` return after the current step. Callable from any thread."""
+        self._stop = True
+        self.wake.set()
+
+    def run(self) -> None:
+        """Loop until `stop`; sleeps while no engine has work."""
+        while not self._stop:
+            # Cleared before polling: what arrives after the poll sets it again.
+            self.wake.clear()
+            if not self.run_turn():
+                self.wake.wait(timeout=self._idle_s())
+
+    def run_until_idle(self) -> None:
+        """Loop until no engine has work; for offline generation."""
+        while not self._stop and any(entry.engine.has_work() for entry in self._entries.values()):
+            if not self.run_turn():
+                self.wake.wait(timeout=self._idle_s())
+
+    def run_turn(self) -> bool:
+        """One turn of one model. Returns False when no model could run."""
+        self._poll()
+        turn = self.policy.next_turn(self._state(), self.clock.now())
+        if turn is None:
+            return False
+        entry = self._entries[turn.model]
+        self._last = turn.model
+        self.counters.turns += 1
+        if self._activate(entry):
+            self._run_steps(entry, turn)
+        return True
+
+    def _poll(self) -> None:
+        for entry in list(self._entries.values()):
+            entry.engine.poll()
+
+    def _state(self) -> PoolState:
+        models = []
+        for name, entry in self._entries.items():
+            load = entry.engine.load()
+            models.append(
+                ModelView(
+                    name=name,
+                    num_running=load.num_running,
+                    num_waiting=load.num_waiting,
+                    has_work=entry.engine.has_work(),
+                    resident=self.residency.is_resident(name),
+                    blocked_until=entry.blocked_until,
+                )
+            )
+        return PoolState(models=tuple(models), last=self._last)
+
+    def _activate(self, entry: _Entry) -> bool:
+        try:
+            self.residency.activate(entry.engine.name)
+        except self.recoverable as error:
+            self.counters.failed_switches += 1
+            if entry.failures == len(RETRY_DELAYS_S):
+                self._give_up(entry, error)
+                return False
+            delay = RETRY_DELAYS_S[entry.failures]
+            entry.failures += 1
+            entry.blocked_until = self.clock.now() + delay
+            # Going on is correct: activate left every byte on the device or on the host.
+            logger.warning(
+                "switch to %s failed, next try in %.2f s: %s", entry.engine.name, delay, error
+            )
+            return False
+        entry.failures = 0
+        return True
+
+    def _run_steps(self, entry: _Entry, turn: Turn) -> None:
+        for _ in range(turn.max_steps):
+            try:
+                executed = entry.engine.step()
+            except Exception as error:
+                # The boundary between models: what one model's step raises ends that model only.
+                self._give_up(entry, error)
+                return
+            self.counters.steps += 1
+            if not executed and entry.engine.has_work():
+                entry.blocked_until = self.clock.now() + EMPTY_STEP_DELAY_S
+                return
+            if self._stop:
+                return
+            entry.engine.poll()
+            if not entry.engine.has_work():
+                return
+
+    def _give_up(self, entry: _Entry, error: BaseException) -> None:
+        logger.error("model %s is out of service", entry.engine.name, exc_info=error)
+        self.counters.failed_models += 1
+        del self._entries[entry.engine.name]
+        entry.engine.fail(error)
+
+    def _idle_s(self) -> float:
+        """Until the next blocked model with work may run; a second when there is none."""
+        now = self.clock.now()
+        waits = [
+            entry.blocked_until - now for entry in self._entries.values() if entry.engine.has_work()
+        ]
+        return max(0.0, min([1.0, *waits]))

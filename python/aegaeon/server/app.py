@@ -1,0 +1,264 @@
+"""One OpenAI-compatible address for all models: an ASGI router by the body's `model`.
+
+Everything behind the dispatch (chat templates, limits, streaming, tool calls) is the model's own
+application. The router answers only what concerns more than one model, and what is wrong before a
+model is known.
+"""
+
+import json
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.types import Message, Receive, Scope, Send
+
+from aegaeon.core.serving import AsgiApp, ServedModel
+from aegaeon.server.auth import ApiKeys
+from aegaeon.server.errors import error_response
+
+logger = logging.getLogger(__name__)
+
+# Routes that name their model in a JSON body; anything else of the models' applications (control
+# routes, documentation, health) is not reachable through the router.
+_MODEL_ROUTES = ("/v1/", "/v2/")
+_MORE_MODEL_ROUTES = frozenset(
+    {"/tokenize", "/detokenize", "/score", "/rerank", "/pooling", "/classify"}
+)
+_OPEN_ROUTES = frozenset({"/health", "/ready"})
+# Deeper nesting than any request needs; json's own limit would come much later.
+_MAX_JSON_DEPTH = 64
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is refused before any work is done."""
+
+    max_body_bytes: int
+    max_open_requests: int
+
+
+class Router:
+    """The ASGI application of the pool.
+
+    models: in the pool's order.
+    metrics: the exposition text of `/metrics`.
+    alive: whether the instance behind the models is running.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[ServedModel],
+        *,
+        limits: Limits,
+        metrics: Callable[[], Awaitable[str]],
+        alive: Callable[[], bool],
+        api_keys: ApiKeys | None = None,
+    ) -> None:
+        self._models = tuple(models)
+        self._by_name: dict[str, ServedModel] = {}
+        for model in self._models:
+            for name in (model.name, *model.aliases):
+                self._by_name[name] = model
+        self._limits = limits
+        self._metrics = metrics
+        self._alive = alive
+        self._api_keys = api_keys
+        self._open_requests = dict.fromkeys((model.name for model in self._models), 0)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await _lifespan(receive, send, [model.app for model in self._models])
+            return
+        if scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1008, "reason": "HTTP only"})
+            return
+        response = await self._answer(scope, receive, send)
+        if response is not None:
+            await response(scope, receive, send)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> Response | None:
+        """The router's own answer; None when a model's application has answered."""
+        method, path = scope["method"], scope["path"]
+        if (
+            self._api_keys is not None
+            and path not in _OPEN_ROUTES
+            and not self._api_keys.allow(_header(scope, b"authorization"))
+        ):
+            return error_response(
+                401,
+                "a valid API key is required: send it as 'Authorization: Bearer <key>'",
+                type="authentication_error",
+                code="invalid_api_key",
+            )
+        if method == "GET" and path in ("/health", "/ready"):
+            return await self._health()
+        if method == "GET" and path == "/metrics":
+            return PlainTextResponse(await self._metrics())
+        if method == "GET" and path == "/v1/models":
+            return JSONResponse({"object": "list", "data": await self._cards()})
+        if method == "GET" and path.startswith("/v1/models/"):
+            return await self._card(path.removeprefix("/v1/models/"))
+        if not (path.startswith(_MODEL_ROUTES) or path in _MORE_MODEL_ROUTES):
+            return error_response(404, f"there is no route {path}", code="not_found")
+        if method != "POST":
+            return error_response(
+                405, f"{path} is reached by POST, not {method}", code="method_not_allowed"
+            )
+        return await self._dispatch(scope, receive, send)
+
+    # -- one model's request ---------------------------------------------------------------
+
+    async def _dispatch(self, scope: Scope, receive: Receive, send: Send) -> Response | None:
+        body = await self._read_body(scope, receive)
+        if not isinstance(body, bytes):
+            return body
+        name = _model_of(body)
+        if isinstance(name, Response):
+            return name
+        model = self._by_name.get(name)
+        if model is None:
+            return self._unknown(name)
+        if self._open_requests[model.name] >= self._limits.max_open_requests:
+            return error_response(
+                429,
+                f"{self._limits.max_open_requests} requests are open for the model {name!r}; "
+                f"try again later",
+                type="rate_limit_error",
+                code="rate_limit_exceeded",
+                param="model",
+                retry_after_s=1,
+            )
+        self._open_requests[model.name] += 1
+        try:
+            # The original `receive` goes on behind the body: a disconnect aborts the request.
+            await model.app(scope, _replayed(body, receive), send)
+        finally:
+            self._open_requests[model.name] -= 1
+        return None
+
+    async def _read_body(self, scope: Scope, receive: Receive) -> bytes | Response | None:
+        """The whole body; a refusal; or None when the client went away."""
+        limit = self._limits.max_body_bytes
+        too_large = error_response(
+            413, f"the request body is longer than {limit} bytes", code="request_too_large"
+        )
+        declared = _header(scope, b"content-length")
+        if declared is not None and declared.isdigit() and int(declared) > limit:
+            return too_large
+        chunks: list[bytes] = []
+        size = 0
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            chunk = message.get("body", b"")
+            size += len(chunk)
+            if size > limit:
+                return too_large
+            chunks.append(chunk)
+            if not message.get("more_body", False):
+                return b"".join(chunks)
+
+    # -- all models ------------------------------------------------------------------------
+
+    async def _health(self) -> Response:
+        if not self._alive():
+            return error_response(
+                503, "the instance is not running", type="server_error", code="instance_down"
+            )
+        return Response(status_code=200)
+
+    async def _cards(self) -> list[dict[str, Any]]:
+        return [card for model in self._models for card in await model.cards()]
+
+    async def _card(self, name: str) -> Response:
+        for card in await self._cards():
+            if card["id"] == name:
+                return JSONResponse(card)
+        return self._unknown(name)
+
+    def _unknown(self, name: str) -> Response:
+        valid = ", ".join(self._by_name)
+        return error_response(
+            404,
+            f"the model {name!r} does not exist; this server has: {valid}",
+            type="not_found_error",
+            code="model_not_found",
+            param="model",
+        )
+
+
+def _model_of(body: bytes) -> str | Response:
+    """The `model` that a JSON body names, or what is wrong with it."""
+    try:
+        request = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        return error_response(400, f"the body is not valid JSON: {error}", code="invalid_json")
+    if not isinstance(request, Mapping):
+        return error_response(400, "the body must be a JSON object", code="invalid_json")
+    if _depth_exceeds(request, _MAX_JSON_DEPTH):
+        return error_response(
+            400, f"the body is nested deeper than {_MAX_JSON_DEPTH} levels", code="invalid_json"
+        )
+    name = request.get("model")
+    if not isinstance(name, str) or not name:
+        return error_response(
+            400, 'the body must name a model: "model": "..."', code="missing_model", param="model"
+        )
+    return name
+
+
+def _depth_exceeds(value: Any, limit: int) -> bool:
+    level = [value]
+    for _ in range(limit):
+        level = [
+            child
+            for node in level
+            if isinstance(node, Mapping | list)
+            for child in (node.values() if isinstance(node, Mapping) else node)
+        ]
+        if not level:
+            return False
+    return True
+
+
+def _header(scope: Scope, name: bytes) -> str | None:
+    return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), None)
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay() -> Message:
+        return pending.pop() if pending else await receive()
+
+    return replay
+
+
+async def _lifespan(receive: Receive, send: Send, apps: Sequence[AsgiApp]) -> None:
+    await receive()
+    try:
+        async with AsyncExitStack() as stack:
+            for app in apps:
+                await stack.enter_async_context(_running(app))
+            await send({"type": "lifespan.startup.complete"})
+            await receive()
+    except Exception as error:
+        logger.exception("an application failed to start or stop")
+        await send({"type": "lifespan.startup.failed", "message": str(error)})
+        return
+    await send({"type": "lifespan.shutdown.complete"})
+
+
+@asynccontextmanager
+async def _running(app: AsgiApp) -> AsyncIterator[None]:
+    """Start-up and shutdown of an application that has a router, as Starlette's have."""
+    router = getattr(app, "router", None)
+    if router is None:
+        yield
+        return
+    async with router.lifespan_context(app):
+        yield

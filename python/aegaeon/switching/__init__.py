@@ -1,0 +1,1 @@
+"""Which model's bytes are on the device, and how they get there and back."""

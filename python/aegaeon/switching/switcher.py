@@ -1,0 +1,292 @@
+"""Executes plans: makes one model resident, evicting others, or leaves everything as it was.
+
+Not thread-safe: it belongs to the thread that steps the engines, and is called only between two
+steps, when no batch is in flight. Snapshots for metrics may be taken from any thread.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+
+import aegaeon_kernels as ak
+from aegaeon.core.clock import Clock
+from aegaeon.core.errors import AegaeonError
+from aegaeon.switching.plan import ActivationPlan, UnitView, plan_activation
+from aegaeon.switching.residency import KVUnit, ModelMemory, ModelState, Unit, WeightsUnit
+
+logger = logging.getLogger(__name__)
+
+# Enough for the quantiles of a long run; the totals are kept apart.
+RECORDS_KEPT = 20_000
+
+
+class SwitchFailed(AegaeonError):
+    """A switch could not be done; nothing is lost. The step loop answers with a later retry."""
+
+
+@dataclass(frozen=True)
+class SwitchRecord:
+    """One activation. Times in seconds; `path` is hot (all was resident) or warm (host image)."""
+
+    model: str
+    path: str
+    at: float
+    seconds: float
+    save_s: float = 0.0
+    unmap_s: float = 0.0
+    map_s: float = 0.0
+    load_s: float = 0.0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    evicted: tuple[str, ...] = ()
+
+
+@dataclass
+class SwitchTotals:
+    """Running sums since start; monotone."""
+
+    hot: int = 0
+    warm: int = 0
+    failed: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+
+
+@dataclass
+class _Phases:
+    save: float = 0.0
+    unmap: float = 0.0
+    map: float = 0.0
+    load: float = 0.0
+
+
+@dataclass
+class Switcher:
+    """Owns who is on the device.
+
+    arena: where the units of all models live; its capacity is the device memory of the pool.
+    prefetcher: copies between host images and the arena.
+    on_activate: called with (previous or None, next) after each change of the current model, for
+    per-model process state (random generators, workspaces).
+    on_switch: called with the record of each switch.
+    """
+
+    arena: ak.Arena
+    prefetcher: ak.Prefetcher
+    clock: Clock
+    on_activate: Callable[[str | None, str], None] = lambda previous, current: None
+    on_switch: Callable[[SwitchRecord], None] = lambda record: None
+    current: str | None = None
+    totals: SwitchTotals = field(default_factory=SwitchTotals)
+    records: deque[SwitchRecord] = field(default_factory=lambda: deque(maxlen=RECORDS_KEPT))
+
+    def __post_init__(self) -> None:
+        self._models: dict[str, ModelMemory] = {}
+
+    # -- what there is ---------------------------------------------------------------------
+
+    def add_model(self, name: str, *, pinned: bool = False) -> ModelMemory:
+        """Make `name` known; it has no units yet."""
+        if name in self._models:
+            raise ValueError(f"model {name!r} is already here")
+        memory = ModelMemory(name=name, pinned=pinned)
+        self._models[name] = memory
+        return memory
+
+    def add_weights(self, name: str, image: ak.HostImage) -> WeightsUnit:
+        """Reserve the device range of `name`'s weights; `image` holds them in device layout.
+
+        The unit is not resident before the next `activate(name)`. Takes `image` over.
+        """
+        region = self._reserve(name, image.size_bytes, WeightsUnit.tag)
+        unit = WeightsUnit(region, image)
+        self._models[name].units.append(unit)
+        return unit
+
+    def add_kv(self, name: str, size_bytes: int) -> KVUnit:
+        """Reserve the device range of `name`'s KV cache and its (sparse) host image."""
+        region = self._reserve(name, size_bytes, KVUnit.tag)
+        try:
+            image = ak.HostImage.allocate(region.size_bytes, device=self.arena.device)
+        except ak.Error:
+            region.close()
+            raise
+        unit = KVUnit(region, image)
+        self._models[name].units.append(unit)
+        return unit
+
+    def _reserve(self, name: str, size_bytes: int, tag: str) -> ak.Region:
+        granularity = self.arena.device.granularity_bytes
+        size_bytes = -(-size_bytes // granularity) * granularity
+        return self.arena.reserve(size_bytes, owner=name, tag=tag)
+
+    def remove_model(self, name: str) -> None:
+        """Forget `name` and give back all it had, address ranges and host images included."""
+        memory = self._models[name]
+        for unit in list(memory.units):
+            unit.close()
+            memory.units.remove(unit)
+        del self._models[name]
+        if self.current == name:
+            self.current = None
+
+    @property
+    def models(self) -> dict[str, ModelMemory]:
+        return dict(self._models)
+
+    def is_resident(self, name: str) -> bool:
+        return self._models[name].state is ModelState.RESIDENT
+
+    def close(self) -> None:
+        for name in list(self._models):
+            self.remove_model(name)
+        self.prefetcher.close()
+        self.arena.close()
+
+    # -- switching -------------------------------------------------------------------------
+
+    def activate(self, name: str) -> None:
+        """Make all of `name` resident and current.
+
+        Raises CapacityError when it can never fit (nothing was touched), SwitchFailed when a
+        driver call or a copy failed: then the previous state is restored as far as the device
+        allows, and what could not be restored is on the host, complete.
+        """
+        started = self.clock.now()
+        memory = self._models[name]
+        if memory.state is ModelState.RESIDENT:
+            if self.current != name:
+                self.totals.hot += 1
+                self._become_current(name)
+                self._record(SwitchRecord(name, "hot", started, self.clock.now() - started))
+            memory.last_used = started
+            return
+        units = [(model, unit) for model in self._models.values() for unit in model.units]
+        plan = self._plan(units, name)
+        victims = [units[index][1] for index in plan.evict]
+        incoming = [units[index][1] for index in plan.bring_in]
+        evicted_models = {units[index][0].name for index in plan.evict}
+        phases = _Phases()
+        bytes_out = bytes_in = 0
+        self._mark(evicted_models, ModelState.EVICTING)
+        self._mark({name}, ModelState.LOADING)
+        evicted: list[Unit] = []
+        try:
+            with self._phase(phases, "save"):
+                bytes_out = self._transfer([unit.start_save for unit in victims])
+            with self._phase(phases, "unmap"):
+                for unit in victims:
+                    unit.unmap()
+                    evicted.append(unit)
+            with self._phase(phases, "map"):
+                for unit in incoming:
+                    unit.map()
+            with self._phase(phases, "load"):
+                bytes_in = self._transfer([unit.start_load for unit in incoming])
+            for unit in incoming:
+                unit.finish_load()
+        except ak.Error as error:
+            self.totals.failed += 1
+            self._undo(incoming, evicted)
+            raise SwitchFailed(f"could not bring in {name!r}: {error}") from error
+        finally:
+            self._mark(evicted_models | {name}, None)
+        memory.last_used = started
+        self._become_current(name)
+        self.totals.warm += 1
+        self.totals.bytes_in += bytes_in
+        self.totals.bytes_out += bytes_out
+        self._record(
+            SwitchRecord(
+                model=name,
+                path="warm",
+                at=started,
+                seconds=self.clock.now() - started,
+                save_s=phases.save,
+                unmap_s=phases.unmap,
+                map_s=phases.map,
+                load_s=phases.load,
+                bytes_in=bytes_in,
+                bytes_out=bytes_out,
+                evicted=tuple(sorted(evicted_models)),
+            )
+        )
+
+    def _plan(self, units: Sequence[tuple[ModelMemory, Unit]], target: str) -> ActivationPlan:
+        stats = self.arena.stats()
+        views = [
+            UnitView(
+                model=model.name,
+                tag=unit.tag,
+                size_bytes=unit.size_bytes,
+                mapped=unit.mapped_bytes > 0,
+                resident=unit.resident,
+                move_cost_bytes=unit.move_cost_bytes(),
+                last_used=model.last_used,
+                pinned=model.pinned,
+            )
+            for model, unit in units
+        ]
+        return plan_activation(
+            views,
+            target=target,
+            free_bytes=stats.free_bytes,
+            capacity_bytes=stats.capacity_bytes,
+        )
+
+    def _record(self, record: SwitchRecord) -> None:
+        self.records.append(record)
+        self.on_switch(record)
+
+    def _become_current(self, name: str) -> None:
+        previous, self.current = self.current, name
+        self.on_activate(previous, name)
+
+    def _transfer(self, starts: Sequence[Callable[[ak.Prefetcher], ak.Ticket | None]]) -> int:
+        """Start all copies, wait for all; returns the bytes moved. On an error none is left."""
+        tickets: list[ak.Ticket] = []
+        try:
+            for start in starts:
+                ticket = start(self.prefetcher)
+                if ticket is not None:
+                    tickets.append(ticket)
+            for ticket in tickets:
+                ticket.wait()
+        except ak.Error:
+            for ticket in tickets:
+                ticket.cancel()
+            for ticket in tickets:
+                # The first error is the one to report; here only the end of the copies matters.
+                with suppress(ak.Error):
+                    ticket.wait()
+            raise
+        return sum(ticket.bytes_done for ticket in tickets)
+
+    def _undo(self, incoming: Sequence[Unit], evicted: Sequence[Unit]) -> None:
+        """Back to before: incoming out, evicted in again. What fails here stays on the host."""
+        for unit in incoming:
+            try:
+                unit.unmap()
+            except ak.Error as error:
+                # Its memory stays mapped without counting as resident: the next try reloads it.
+                logger.warning("cannot unmap %s while undoing a switch: %s", unit.tag, error)
+        for unit in evicted:
+            try:
+                unit.map()
+                self._transfer([unit.start_load])
+                unit.finish_load()
+            except ak.Error as error:
+                # Nothing is lost: its image is complete, and its model loads when it is next run.
+                logger.warning("%s stays on the host after a failed switch: %s", unit.tag, error)
+
+    def _mark(self, names: set[str], state: ModelState | None) -> None:
+        for name in names:
+            self._models[name].moving = state
+
+    @contextmanager
+    def _phase(self, phases: _Phases, name: str) -> Iterator[None]:
+        started = self.clock.now()
+        yield
+        setattr(phases, name, self.clock.now() - started)

@@ -1,0 +1,49 @@
+"""The front's half of vLLM: one OpenAI application and one engine client per model."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from aegaeon.core.config import ModelConfig
+from aegaeon.core.serving import ServedModel
+from aegaeon.vllm_plugin.engine_config import engine_config, serve_args
+from aegaeon.vllm_plugin.seams import apply_all
+from aegaeon.vllm_plugin.seams.openai_app import attach, openai_app, report_death
+
+
+class Front:
+    """Clients of the engine cores of one instance, and the applications over them."""
+
+    def __init__(self, device: str) -> None:
+        apply_all()
+        self._device = device
+        self._clients: dict[str, AsyncLLM] = {}
+
+    async def serve(self, model: ModelConfig, addresses: Mapping[str, str]) -> ServedModel:
+        """Attach to the engine core of `model`, once it is loaded, and build its application."""
+        namespace = serve_args(model, device=self._device)
+        config = engine_config(namespace, model=model.name, device=self._device)
+        client = await attach(config, addresses)
+        self._clients[model.name] = client
+        app = await openai_app(client, namespace)
+
+        async def cards() -> list[dict[str, Any]]:
+            listing = await app.state.openai_serving_models.show_available_models()
+            return [card.model_dump() for card in listing.data]
+
+        return ServedModel(
+            name=model.name,
+            aliases=model.aliases,
+            app=app,
+            cards=cards,
+        )
+
+    def instance_died(self) -> None:
+        """End the open requests of all models with an error."""
+        for client in self._clients.values():
+            report_death(client)
+
+    def close(self) -> None:
+        for client in self._clients.values():
+            client.shutdown()

@@ -1,0 +1,184 @@
+"""The instance process: hosts every model of the pool on one device and steps them in turn.
+
+Started by the launcher as `python -m aegaeon.vllm_plugin.instance FD`, where FD is its end of the
+control channel. It parses no HTTP; requests reach each engine core over vLLM's own sockets. It ends
+when it is told to, and at once when the launcher is gone.
+"""
+
+import logging
+import os
+import shutil
+import signal
+import sys
+import threading
+from multiprocessing.connection import Connection
+from typing import Any
+
+import aegaeon_kernels as ak
+from aegaeon.core.clock import MonotonicClock
+from aegaeon.core.config import ModelConfig
+from aegaeon.core.control import Channel, InstanceSpec
+from aegaeon.core.errors import AegaeonError
+from aegaeon.sched.policies import make_policy
+from aegaeon.sched.step_loop import StepLoop
+from aegaeon.switching.metrics import SwitchMetrics
+from aegaeon.switching.switcher import Switcher
+
+logger = logging.getLogger(__name__)
+
+
+class Instance:
+    """The models of one pool on one device."""
+
+    def __init__(self, spec: InstanceSpec) -> None:
+        # Imported here and below: vLLM takes seconds, and a stop must work before it is there.
+        from aegaeon.vllm_plugin.seams.process_state import ProcessStates
+
+        device = ak.Device(spec.device)
+        clock = MonotonicClock()
+        self._spec = spec
+        self._device = device
+        self.runtime_dir = spec.runtime_dir
+        self._states = ProcessStates()
+        self.switcher = Switcher(
+            arena=ak.Arena(device, capacity_bytes=spec.device_memory_bytes),
+            prefetcher=ak.Prefetcher(device),
+            clock=clock,
+            on_activate=self._states.exchange,
+        )
+        self.metrics = SwitchMetrics(self.switcher)
+        self.loop = StepLoop(
+            policy=make_policy(spec.policy, quantum=spec.quantum),
+            residency=self.switcher,
+            clock=clock,
+            recoverable=(AegaeonError, ak.Error),
+        )
+
+    def add_model(self, model: ModelConfig) -> None:
+        """Load one model; requests for it can then be taken in."""
+        from aegaeon.vllm_plugin.engine_config import engine_config, serve_args
+        from aegaeon.vllm_plugin.seams.engine_core import HostedEngineCore
+
+        namespace = serve_args(model, device=self._device.kind)
+        config = engine_config(namespace, model=model.name, device=self._device.kind)
+        self.switcher.add_model(model.name, pinned=model.pin)
+        core = HostedEngineCore(
+            model.name,
+            config,
+            addresses=self._spec.addresses[model.name],
+            switcher=self.switcher,
+            wake=self.loop.wake,
+        )
+        self.loop.add(core)
+
+    def state(self) -> dict[str, Any]:
+        """A snapshot for the admin interface; callable from any thread."""
+        stats = self.switcher.arena.stats()
+        totals = self.switcher.totals
+        return {
+            "current": self.switcher.current,
+            "models": [
+                {
+                    "name": name,
+                    "state": memory.state.value,
+                    "pinned": memory.pinned,
+                    "units": [
+                        {
+                            "tag": unit.tag,
+                            "size_bytes": unit.size_bytes,
+                            "mapped_bytes": unit.mapped_bytes,
+                        }
+                        for unit in memory.units
+                    ],
+                }
+                for name, memory in self.switcher.models.items()
+            ],
+            "arena": {
+                "capacity_bytes": stats.capacity_bytes,
+                "free_bytes": stats.free_bytes,
+                "held": [
+                    {"owner": owner, "tag": tag, "bytes": num_bytes}
+                    for (owner, tag), num_bytes in stats.owners.items()
+                ],
+            },
+            "switches": {
+                "hot": totals.hot,
+                "warm": totals.warm,
+                "failed": totals.failed,
+                "bytes_in": totals.bytes_in,
+                "bytes_out": totals.bytes_out,
+            },
+            "loop": {
+                "turns": self.loop.counters.turns,
+                "steps": self.loop.counters.steps,
+            },
+        }
+
+    def switch_records(self) -> list[dict[str, Any]]:
+        """The last switches, oldest first; callable from any thread."""
+        return [vars(record) for record in list(self.switcher.records)]
+
+
+def run(spec: InstanceSpec, control: Channel) -> None:
+    """Load the pool, report each model, then step until told to stop."""
+    from aegaeon.vllm_plugin.seams import apply_all
+
+    apply_all()
+    instance = Instance(spec)
+    threading.Thread(
+        target=_serve_control, args=(instance, control), name="control", daemon=True
+    ).start()
+    for model in spec.models:
+        try:
+            instance.add_model(model)
+        except Exception as error:
+            # The boundary of a load: whatever vLLM raises is reported to the launcher as it is.
+            logger.exception("model %s cannot be loaded", model.name)
+            control.send({"event": "load_failed", "model": model.name, "message": str(error)})
+            return
+        control.send({"event": "loaded", "model": model.name})
+    control.send({"event": "ready"})
+    instance.loop.run()
+
+
+def _serve_control(instance: Instance, control: Channel) -> None:
+    """Answer the launcher's questions; when it is gone, end the process."""
+    while True:
+        message = control.receive()
+        match message:
+            case None:
+                _end_now(instance.runtime_dir)
+            case {"ask": "stop"}:
+                instance.loop.stop()
+            case {"ask": question, "id": number}:
+                answers = {
+                    "state": instance.state,
+                    "switches": instance.switch_records,
+                    "metrics": instance.metrics.exposition,
+                }
+                control.send({"answer": number, "value": answers[question]()})
+
+
+def _end_now(runtime_dir: str) -> None:
+    shutil.rmtree(runtime_dir, ignore_errors=True)
+    # Not a normal exit: engine cores may be in the middle of a step, which nobody waits for any
+    # more. Device memory and sockets are the process's own and go with it.
+    os._exit(1)
+
+
+def main(control_fd: int) -> None:
+    # Ctrl-C reaches the whole terminal; the launcher decides, and tells this process.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    control = Channel(Connection(control_fd))
+    message = control.receive()
+    if message is None:
+        return
+    run(InstanceSpec.from_message(message), control)
+    # vLLM's socket threads are daemons with open sockets; there is nothing left to flush.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

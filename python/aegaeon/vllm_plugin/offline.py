@@ -1,0 +1,170 @@
+"""Several models in this very process, without server or sockets: `aegaeon generate`, and tests.
+
+Same workers, same switcher, same step loop as an instance; only vLLM's in-process `LLMEngine`
+stands in for the engine core behind sockets.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm import RequestOutput, SamplingParams
+from vllm.v1.engine.llm_engine import LLMEngine
+from vllm.v1.executor import Executor
+
+import aegaeon_kernels as ak
+from aegaeon.core.clock import Clock, MonotonicClock
+from aegaeon.core.config import ModelConfig
+from aegaeon.core.engine import EngineLoad
+from aegaeon.core.errors import AegaeonError
+from aegaeon.sched.scheduler import Policy
+from aegaeon.sched.step_loop import StepLoop
+from aegaeon.switching.switcher import Switcher
+from aegaeon.vllm_plugin.engine_config import engine_config, serve_args
+from aegaeon.vllm_plugin.seams import apply_all
+from aegaeon.vllm_plugin.seams.engine_core import keep_live_blocks
+from aegaeon.vllm_plugin.seams.process_state import ProcessStates
+from aegaeon.vllm_plugin.worker import hosting
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One request: a text or token ids for `model`, and how to sample."""
+
+    model: str
+    prompt: str | Sequence[int]
+    sampling: SamplingParams
+
+
+class OfflineEngine:
+    """An in-process vLLM engine that implements `aegaeon.core.engine.Engine`."""
+
+    def __init__(self, name: str, engine: LLMEngine) -> None:
+        self._name = name
+        self.engine = engine
+        self.finished: dict[str, RequestOutput] = {}
+        self.error: BaseException | None = None
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def core(self) -> Any:
+        """vLLM's engine core: scheduler, executor, block pool."""
+        return self.engine.engine_core.engine_core
+
+    def poll(self) -> None:
+        """Requests are added by the caller's thread, between turns."""
+
+    def load(self) -> EngineLoad:
+        return EngineLoad(*self.core.scheduler.get_request_counts())
+
+    def has_work(self) -> bool:
+        return self.error is None and self.engine.has_unfinished_requests()
+
+    def step(self) -> bool:
+        outputs = self.engine.step()
+        for output in outputs:
+            if output.finished:
+                self.finished[output.request_id] = output
+        return bool(outputs)
+
+    def fail(self, error: BaseException) -> None:
+        self.error = error
+
+
+class OfflinePool:
+    """Hosts models in this process and generates with all of them at once.
+
+    device: an `aegaeon_kernels.Device`; its memory is cut down to `device_memory_bytes`.
+    Use as a context manager; `close` gives back all device and host memory.
+    """
+
+    def __init__(
+        self,
+        device: ak.Device,
+        *,
+        device_memory_bytes: int,
+        policy: Policy,
+        clock: Clock | None = None,
+    ) -> None:
+        apply_all()
+        clock = clock or MonotonicClock()
+        self._device = device
+        self._states = ProcessStates()
+        self.switcher = Switcher(
+            arena=ak.Arena(device, capacity_bytes=device_memory_bytes),
+            prefetcher=ak.Prefetcher(device),
+            clock=clock,
+            on_activate=self._states.exchange,
+        )
+        self.loop = StepLoop(
+            policy=policy,
+            residency=self.switcher,
+            clock=clock,
+            recoverable=(AegaeonError, ak.Error),
+        )
+        self.engines: dict[str, OfflineEngine] = {}
+        self._next_id = 0
+
+    def add_model(self, model: ModelConfig) -> OfflineEngine:
+        """Load one more model. Raises ConfigError, ModelLoadError, CapacityError."""
+        namespace = serve_args(model, device=self._device.kind)
+        config = engine_config(namespace, model=model.name, device=self._device.kind)
+        self.switcher.add_model(model.name, pinned=model.pin)
+        try:
+            with hosting(self.switcher, model.name):
+                engine = LLMEngine(
+                    vllm_config=config,
+                    executor_class=Executor.get_class(config),
+                    log_stats=False,
+                    multiprocess_mode=False,
+                )
+        except BaseException:
+            self.switcher.remove_model(model.name)
+            raise
+        hosted = OfflineEngine(model.name, engine)
+        keep_live_blocks(self.switcher, model.name, hosted.core)
+        self.engines[model.name] = hosted
+        self.loop.add(hosted)
+        return hosted
+
+    def generate(self, prompts: Sequence[Prompt]) -> list[RequestOutput]:
+        """Run all prompts, models interleaved by the policy; outputs in the order of `prompts`.
+
+        Raises what a model's engine raised, when one failed.
+        """
+        ids = [self.submit(prompt) for prompt in prompts]
+        self.loop.run_until_idle()
+        for engine in self.engines.values():
+            if engine.error is not None:
+                raise engine.error
+        return [
+            self.engines[prompt.model].finished.pop(request_id)
+            for request_id, prompt in zip(ids, prompts, strict=True)
+        ]
+
+    def submit(self, prompt: Prompt) -> str:
+        """Add one request; it runs when the loop does. Returns its id."""
+        if prompt.model not in self.engines:
+            known = ", ".join(self.engines)
+            raise ValueError(f"no model is called {prompt.model!r}; there are: {known}")
+        request_id = f"{prompt.model}-{self._next_id}"
+        self._next_id += 1
+        text: Any = prompt.prompt
+        if not isinstance(text, str):
+            text = {"prompt_token_ids": list(text)}
+        self.engines[prompt.model].engine.add_request(request_id, text, prompt.sampling)
+        return request_id
+
+    def close(self) -> None:
+        for engine in self.engines.values():
+            engine.core.scheduler.shutdown()
+        self.switcher.close()
+
+    def __enter__(self) -> "OfflinePool":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()

@@ -1,0 +1,182 @@
+"""One vLLM engine core per model, all in one process, stepped by our loop instead of its own.
+
+vLLM's sockets and their threads, its scheduler and its request handling are used as they are; only
+the handshake (our sockets are agreed on beforehand), the busy loop and the shutdown are replaced.
+"""
+
+import logging
+import queue
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequestType, UtilityOutput
+from vllm.v1.engine.core import EngineCoreProc
+from vllm.v1.engine.utils import EngineZmqAddresses
+from vllm.v1.executor import Executor
+
+import aegaeon_kernels as ak
+from aegaeon.core.engine import EngineLoad
+from aegaeon.core.errors import AegaeonError
+from aegaeon.switching.residency import KVUnit
+from aegaeon.switching.switcher import Switcher
+from aegaeon.vllm_plugin.seam import Seam, Tier, Upstream
+from aegaeon.vllm_plugin.seams.kv_blocks import live_block_ids
+from aegaeon.vllm_plugin.worker import hosting
+
+logger = logging.getLogger(__name__)
+
+# Control calls that touch no device memory; any other makes the model resident first.
+_CALLS_WITHOUT_DEVICE = frozenset(
+    {"get_supported_tasks", "reset_prefix_cache", "is_sleeping", "is_scheduler_paused"}
+)
+
+
+class HostedEngineCore(EngineCoreProc):
+    """A vLLM engine core that implements `aegaeon.core.engine.Engine`.
+
+    addresses: `input_address` and `output_address`, where the front's client listens.
+    wake: set whenever a message has arrived.
+    Loads the model into the switcher's arena; raises what vLLM raises when it cannot.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        vllm_config: VllmConfig,
+        *,
+        addresses: Mapping[str, str],
+        switcher: Switcher,
+        wake: threading.Event,
+    ) -> None:
+        self._name = name
+        self._wake = wake
+        self._switcher = switcher
+        self._agreed_addresses = EngineZmqAddresses(
+            inputs=[addresses["input_address"]], outputs=[addresses["output_address"]]
+        )
+        self._failed = False
+        with hosting(switcher, name):
+            super().__init__(
+                vllm_config, True, "", Executor.get_class(vllm_config), True, engine_index=0
+            )
+        self.process_input_queue_block = False
+        keep_live_blocks(switcher, name, self)
+
+    # -- Engine ----------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    def poll(self) -> None:
+        self._process_input_queue()
+
+    def load(self) -> EngineLoad:
+        return EngineLoad(*self.scheduler.get_request_counts())
+
+    def step(self) -> bool:
+        return self._process_engine_step()
+
+    def fail(self, error: BaseException) -> None:
+        self._failed = True
+        self._send_engine_dead()
+
+    # -- what is replaced of EngineCoreProc ------------------------------------------------
+
+    @property
+    def input_queue(self) -> "queue.Queue[Any]":
+        return self._input_queue
+
+    @input_queue.setter
+    def input_queue(self, _created: "queue.Queue[Any]") -> None:
+        self._input_queue: queue.Queue[Any] = _WakingQueue(self._wake)
+
+    @contextmanager
+    def _perform_handshakes(self, *args: Any, **kwargs: Any) -> Iterator[EngineZmqAddresses]:
+        yield self._agreed_addresses
+
+    def _handle_client_request(self, request_type: EngineCoreRequestType, request: Any) -> None:
+        if request_type == EngineCoreRequestType.UTILITY:
+            client_index, call_id, method, _ = request
+            if method not in _CALLS_WITHOUT_DEVICE:
+                try:
+                    self._switcher.activate(self._name)
+                except (AegaeonError, ak.Error) as error:
+                    # The caller gets the error; the model is as it was.
+                    failure = UtilityOutput(call_id, failure_message=str(error))
+                    self.output_queue.put_nowait(
+                        (client_index, EngineCoreOutputs(utility_output=failure))
+                    )
+                    return
+        super()._handle_client_request(request_type, request)
+
+    def shutdown(self) -> None:
+        """Release what is this core's alone.
+
+        vLLM's own shutdown also tears down process groups, workspaces and caches that the other
+        cores of this process still use; the process's end does that for all of them.
+        """
+        self.structured_output_manager.clear_backend()
+        self.scheduler.shutdown()
+
+
+class _WakingQueue(queue.Queue[Any]):
+    """A queue that wakes the step loop; vLLM's socket threads put into it."""
+
+    def __init__(self, wake: threading.Event) -> None:
+        super().__init__()
+        self._wake = wake
+
+    def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
+        super().put(item, block, timeout)
+        self._wake.set()
+
+
+def keep_live_blocks(switcher: Switcher, name: str, engine_core: Any) -> None:
+    """From now on an eviction of `name` copies out the blocks that `engine_core` still needs."""
+    for unit in switcher.models[name].units:
+        if isinstance(unit, KVUnit):
+            unit.live_blocks = lambda: live_block_ids(engine_core)
+
+
+SEAM = Seam(
+    name="engine_core",
+    tier=Tier.PRIVATE,
+    why="several engine cores must share one process and one device, stepped one at a time",
+    how="a subclass of EngineCoreProc without busy loop, with agreed socket addresses, a queue "
+    "that wakes our loop, and a shutdown that spares what the cores share",
+    upstream_link="https://github.com/vllm-project/vllm/issues/299",
+    remove_when="vLLM hosts several engine cores in one process",
+    relies_on=(
+        Upstream(
+            "vllm.v1.engine.core",
+            "EngineCoreProc.__init__",
+            (
+                "vllm_config",
+                "local_client",
+                "handshake_address",
+                "executor_class",
+                "log_stats",
+            ),
+        ),
+        Upstream("vllm.v1.engine.core", "EngineCoreProc._perform_handshakes"),
+        Upstream("vllm.v1.engine.core", "EngineCoreProc._process_input_queue"),
+        Upstream("vllm.v1.engine.core", "EngineCoreProc._process_engine_step"),
+        Upstream(
+            "vllm.v1.engine.core",
+            "EngineCoreProc._handle_client_request",
+            ("request_type", "request"),
+        ),
+        Upstream("vllm.v1.engine.core", "EngineCoreProc._send_engine_dead"),
+        Upstream("vllm.v1.engine.core", "EngineCoreProc.has_work"),
+        Upstream("vllm.v1.engine.core", "EngineCoreProc.input_queue"),
+        Upstream("vllm.v1.engine.core", "EngineCoreProc.process_input_queue_block"),
+        Upstream("vllm.v1.engine.core", "EngineCore.shutdown"),
+        Upstream("vllm.v1.core.sched.scheduler", "Scheduler.get_request_counts"),
+        Upstream("vllm.v1.engine.utils", "EngineZmqAddresses.inputs"),
+        Upstream("vllm.v1.executor.uniproc_executor", "UniProcExecutor"),
+    ),
+)

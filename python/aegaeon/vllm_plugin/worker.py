@@ -1,0 +1,97 @@
+"""vLLM workers whose model lives in an arena: weights and KV in stable, evictable regions.
+
+Given to vLLM as `worker_cls`. A worker is built inside `hosting(...)`, which says into whose arena
+and under which name; outside of it there is nowhere to put the model, and it says so.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu_worker import Worker
+
+import aegaeon_kernels as ak
+from aegaeon.core.errors import AegaeonError
+from aegaeon.switching.residency import KVUnit
+from aegaeon.switching.switcher import Switcher
+from aegaeon.vllm_plugin.seams import kv_memory, kv_zeroing, rotary_cache, weights
+
+
+class Hosting(NamedTuple):
+    """Where a worker that is being built puts its model."""
+
+    switcher: Switcher
+    model: str
+
+
+_hosting: ContextVar[Hosting | None] = ContextVar("hosting", default=None)
+
+
+@contextmanager
+def hosting(switcher: Switcher, model: str) -> Iterator[None]:
+    """Workers built inside place their model in `switcher`'s arena as `model`."""
+    token = _hosting.set(Hosting(switcher, model))
+    try:
+        yield
+    finally:
+        _hosting.reset(token)
+
+
+class ArenaWorker(Worker):
+    """What both platforms share. Subclasses only choose vLLM's worker to build on."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        place = _hosting.get()
+        if place is None:
+            raise AegaeonError(
+                "this worker class only works inside an aegaeon instance: start the model with "
+                "`aegaeon serve` or `aegaeon generate`, not with vLLM's own commands"
+            )
+        super().__init__(*args, **kwargs)
+        self._switcher, self._name = place
+        self._kv: KVUnit | None = None
+        self._kv_bytes: torch.Tensor | None = None
+
+    def load_model(self, *, load_dummy_weights: bool = False) -> None:
+        rotary_cache.forget_shared_rotary_modules()
+        super().load_model(load_dummy_weights=load_dummy_weights)
+        model = self.model_runner.get_model()
+        placement = weights.place(model, self.device)
+        image = ak.HostImage.allocate(placement.size_bytes, device=self._switcher.arena.device)
+        weights.fill_image(model, placement, image)
+        unit = self._switcher.add_weights(self._name, image)
+        self._switcher.activate(self._name)
+        weights.rebind(model, placement, unit.region)
+
+    def _maybe_get_memory_pool_context(self, tag: str) -> AbstractContextManager[Any]:
+        if tag == "kv_cache":
+            return kv_memory.KVAllocation(self._allocate_kv)
+        # Weights are loaded into ordinary memory and rebound; workspaces are not evicted yet.
+        return nullcontext()
+
+    def _allocate_kv(self, size_bytes: int) -> torch.Tensor:
+        self._kv = self._switcher.add_kv(self._name, size_bytes)
+        self._switcher.activate(self._name)
+        self._kv_bytes = self._kv.region.tensor((size_bytes,), torch.int8)
+        return self._kv_bytes.zero_()
+
+    def initialize_from_config(self, kv_cache_config: Any) -> None:
+        super().initialize_from_config(kv_cache_config)
+        if self._kv is not None:
+            self._kv.layouts = kv_memory.layouts_of(kv_cache_config)
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        if self._kv is not None and self._kv_bytes is not None:
+            kv_zeroing.zero_new_blocks(scheduler_output, self._kv_bytes, self._kv.layouts)
+        return super().execute_model(scheduler_output)
+
+
+class ArenaCPUWorker(ArenaWorker, CPUWorker):
+    """On the CPU: the host driver's memory, plain weight tensors."""
+
+
+class ArenaGPUWorker(ArenaWorker):
+    """On CUDA."""

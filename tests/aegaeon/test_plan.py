@@ -1,0 +1,129 @@
+"""The pure planner: what is evicted so that a model fits."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aegaeon.core.errors import CapacityError
+from aegaeon.switching.plan import UnitView, plan_activation
+
+MIB = 1 << 20
+
+
+def unit(
+    model: str,
+    tag: str = "weights",
+    size: int = 10,
+    *,
+    mapped: bool = True,
+    resident: bool | None = None,
+    cost: int | None = None,
+    used: float = 0.0,
+    pinned: bool = False,
+) -> UnitView:
+    return UnitView(
+        model=model,
+        tag=tag,
+        size_bytes=size * MIB,
+        mapped=mapped,
+        resident=mapped if resident is None else resident,
+        move_cost_bytes=(size if cost is None else cost) * MIB,
+        last_used=used,
+        pinned=pinned,
+    )
+
+
+def plan(units, target, free, capacity=100):
+    return plan_activation(
+        units, target=target, free_bytes=free * MIB, capacity_bytes=capacity * MIB
+    )
+
+
+def test_nothing_is_evicted_when_there_is_room():
+    result = plan([unit("a"), unit("b", mapped=False)], "b", free=10)
+    assert (result.evict, result.bring_in) == ((), (1,))
+
+
+def test_the_cheapest_to_bring_back_goes_first():
+    units = [
+        unit("a", "weights", 10),
+        unit("a", "kv", 10, cost=0),
+        unit("b", "weights", 10, mapped=False),
+    ]
+    assert plan(units, "b", free=0).evict == (1,)
+
+
+def test_the_least_recently_used_goes_first_at_equal_cost():
+    units = [unit("a", used=3.0), unit("b", used=1.0), unit("c", mapped=False)]
+    assert plan(units, "c", free=0).evict == (1,)
+
+
+def test_an_early_small_victim_is_spared_when_a_later_one_suffices():
+    units = [
+        unit("a", "kv", 2, cost=0),
+        unit("b", "weights", 20),
+        unit("c", "weights", 20, mapped=False),
+    ]
+    assert plan(units, "c", free=0).evict == (1,)
+
+
+def test_pinned_models_are_never_evicted():
+    units = [unit("a", size=50, pinned=True), unit("b", size=60, mapped=False)]
+    with pytest.raises(CapacityError, match=r"pinned models hold 50 MiB"):
+        plan(units, "b", free=50)
+
+
+def test_a_model_that_cannot_fit_is_refused_with_the_numbers():
+    units = [unit("a", "weights", 90, mapped=False), unit("a", "kv", 20, mapped=False)]
+    with pytest.raises(CapacityError) as caught:
+        plan(units, "a", free=100)
+    message = str(caught.value)
+    assert "90 MiB weights + 20 MiB kv = 110 MiB" in message
+    assert "device_memory is 100 MiB" in message
+
+
+def test_memory_that_is_mapped_but_not_valid_is_only_reloaded():
+    result = plan([unit("a", mapped=True, resident=False)], "a", free=0)
+    assert (result.evict, result.bring_in) == ((), (0,))
+
+
+@st.composite
+def pools(draw):
+    units = []
+    for index in range(draw(st.integers(1, 6))):
+        pinned = draw(st.booleans()) and index > 0
+        for tag in ("weights", "kv"):
+            size = draw(st.integers(1, 20))
+            units.append(
+                unit(
+                    f"m{index}",
+                    tag,
+                    size,
+                    mapped=draw(st.booleans()),
+                    cost=draw(st.integers(0, 40)),
+                    used=draw(st.floats(0, 10)),
+                    pinned=pinned,
+                )
+            )
+    return units, draw(st.integers(0, 60))
+
+
+@given(pools())
+def test_a_plan_makes_room_for_its_target_and_touches_nobody_it_may_not(pool):
+    units, free = pool
+    missing = sum(u.size_bytes for u in units if u.model == "m0" and not u.mapped)
+    evictable = sum(u.size_bytes for u in units if u.mapped and u.model != "m0" and not u.pinned)
+    if free * MIB + evictable < missing:
+        with pytest.raises(CapacityError):
+            plan(units, "m0", free)
+        return
+    result = plan(units, "m0", free)
+    victims = [units[index] for index in result.evict]
+    assert all(u.mapped and u.model != "m0" and not u.pinned for u in victims)
+    freed = sum(u.size_bytes for u in victims)
+    assert free * MIB + freed >= missing
+    # No victim could have been spared.
+    assert all(free * MIB + freed - u.size_bytes < missing for u in victims)
+    assert [units[index].model for index in result.bring_in] == [
+        u.model for u in units if u.model == "m0" and not u.resident
+    ]

@@ -1,0 +1,297 @@
+"""The router, over small real ASGI applications and a real in-process HTTP client."""
+
+import asyncio
+import json
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+from aegaeon.core.errors import ConfigError
+from aegaeon.core.serving import ServedModel
+from aegaeon.server.app import Limits, Router
+from aegaeon.server.auth import ApiKeys
+
+CHAT = "/v1/chat/completions"
+
+
+def echo_app(name: str, lifespan: Any = None) -> Starlette:
+    """Answers with its own name and the body it was given."""
+
+    async def chat(request: Request) -> JSONResponse:
+        return JSONResponse({"served_by": name, "body": await request.json()})
+
+    async def secret(request: Request) -> JSONResponse:
+        return JSONResponse({"secret": name})
+
+    routes = [
+        Route(CHAT, chat, methods=["POST"]),
+        Route("/sleep", secret, methods=["POST"]),
+        Route("/docs", secret),
+    ]
+    return Starlette(routes=routes, lifespan=lifespan)
+
+
+def served(name: str, *aliases: str, app: Any = None) -> ServedModel:
+    async def cards() -> list[dict[str, Any]]:
+        return [{"id": each, "object": "model"} for each in (name, *aliases)]
+
+    return ServedModel(name=name, aliases=aliases, app=app or echo_app(name), cards=cards)
+
+
+def make_router(*models: ServedModel, alive: bool = True, **options: Any) -> Router:
+    async def metrics() -> str:
+        return "aegaeon_switches_total 3\n"
+
+    limits = options.pop("limits", Limits(max_body_bytes=1000, max_open_requests=2))
+    return Router(
+        models or (served("a", "alias-a"), served("b")),
+        limits=limits,
+        metrics=metrics,
+        alive=lambda: alive,
+        **options,
+    )
+
+
+def call(router: Router, method: str, path: str, **kwargs: Any) -> httpx.Response:
+    async def run() -> httpx.Response:
+        transport = httpx.ASGITransport(router)
+        async with httpx.AsyncClient(transport=transport, base_url="http://pool") as client:
+            return await client.request(method, path, **kwargs)
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize(("name", "by"), [("a", "a"), ("b", "b"), ("alias-a", "a")])
+def test_a_request_reaches_the_model_it_names_with_its_body_untouched(name, by):
+    body = {"model": name, "messages": [{"role": "user", "content": "ü"}]}
+    response = call(make_router(), "POST", CHAT, json=body)
+    assert response.json() == {"served_by": by, "body": body}
+
+
+def error_of(response: httpx.Response) -> dict[str, Any]:
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error
+
+
+def test_an_unknown_model_is_a_404_that_lists_the_valid_names():
+    response = call(make_router(), "POST", CHAT, json={"model": "c"})
+    assert response.status_code == 404
+    error = error_of(response)
+    assert error["code"] == "model_not_found"
+    assert "a, alias-a, b" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "code"),
+    [
+        (b"{", 400, "invalid_json"),
+        (b"\xff\xfe", 400, "invalid_json"),
+        (b"[]", 400, "invalid_json"),
+        (b'"a"', 400, "invalid_json"),
+        (b"", 400, "invalid_json"),
+        (b"{}", 400, "missing_model"),
+        (b'{"model": 7}', 400, "missing_model"),
+        (b'{"model": ""}', 400, "missing_model"),
+        (b'{"model": "a", "x": ' + b"[" * 70 + b"]" * 70 + b"}", 400, "invalid_json"),
+        (b"[" * 990, 400, "invalid_json"),
+        (b'{"model": "a", "x": "' + b"y" * 1000 + b'"}', 413, "request_too_large"),
+    ],
+)
+def test_a_body_that_cannot_be_dispatched_is_refused(content, status, code):
+    response = call(make_router(), "POST", CHAT, content=content)
+    assert response.status_code == status
+    assert error_of(response)["code"] == code
+
+
+def test_a_body_without_declared_length_is_cut_off_at_the_limit():
+    sent = 0
+
+    async def endless():
+        nonlocal sent
+        while True:
+            sent += 100
+            yield b"x" * 100
+
+    response = call(make_router(), "POST", CHAT, content=endless())
+    assert response.status_code == 413
+    assert sent <= 1200
+
+
+@pytest.mark.parametrize("path", ["/sleep", "/docs", "/openapi.json", "/", "/v3/x"])
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_routes_of_an_application_that_name_no_model_are_not_reachable(method, path):
+    response = call(make_router(), method, path, json={"model": "a"})
+    assert response.status_code == 404
+    assert error_of(response)["code"] == "not_found"
+
+
+def test_a_model_route_by_get_is_a_405():
+    assert call(make_router(), "GET", CHAT).status_code == 405
+
+
+def test_models_are_listed_with_their_aliases():
+    listing = call(make_router(), "GET", "/v1/models").json()
+    assert listing["object"] == "list"
+    assert [card["id"] for card in listing["data"]] == ["a", "alias-a", "b"]
+
+
+def test_one_model_is_described_and_an_unknown_one_is_a_404():
+    assert call(make_router(), "GET", "/v1/models/alias-a").json()["id"] == "alias-a"
+    assert call(make_router(), "GET", "/v1/models/c").status_code == 404
+
+
+@pytest.mark.parametrize(("alive", "status"), [(True, 200), (False, 503)])
+def test_health_is_that_of_the_instance(alive, status):
+    assert call(make_router(alive=alive), "GET", "/health").status_code == status
+
+
+def test_metrics_are_passed_on():
+    assert "aegaeon_switches_total 3" in call(make_router(), "GET", "/metrics").text
+
+
+def test_requests_beyond_the_limit_of_a_model_are_a_429_and_others_go_on():
+    release = asyncio.Event()
+
+    async def slow(request: Request) -> JSONResponse:
+        await release.wait()
+        return JSONResponse({})
+
+    slow_app = Starlette(routes=[Route(CHAT, slow, methods=["POST"])])
+    router = make_router(served("slow", app=slow_app), served("b"))
+
+    async def run() -> None:
+        transport = httpx.ASGITransport(router)
+        async with httpx.AsyncClient(transport=transport, base_url="http://pool") as client:
+            held = [
+                asyncio.create_task(client.post(CHAT, json={"model": "slow"})) for _ in range(2)
+            ]
+            await asyncio.sleep(0.05)
+            refused = await client.post(CHAT, json={"model": "slow"})
+            assert refused.status_code == 429
+            assert int(refused.headers["retry-after"]) >= 1
+            assert error_of(refused)["code"] == "rate_limit_exceeded"
+            assert (await client.post(CHAT, json={"model": "b"})).status_code == 200
+            release.set()
+            assert [(await task).status_code for task in held] == [200, 200]
+            assert (await client.post(CHAT, json={"model": "slow"})).status_code == 200
+
+    asyncio.run(run())
+
+
+def test_a_disconnect_reaches_the_models_application():
+    """What vLLM relies on to abort a request: `receive` behind the body is the server's own."""
+    seen: list[str] = []
+
+    async def app(scope, receive, send):
+        seen.append((await receive())["type"])
+        seen.append((await receive())["type"])
+
+    router = make_router(served("a", app=app))
+    messages = [
+        {"type": "http.request", "body": b'{"model":', "more_body": True},
+        {"type": "http.request", "body": b'"a"}', "more_body": False},
+        {"type": "http.disconnect"},
+    ]
+
+    async def receive():
+        return messages.pop(0)
+
+    async def send(message):
+        raise AssertionError("nobody is there to read an answer")
+
+    scope = {"type": "http", "method": "POST", "path": CHAT, "headers": []}
+    asyncio.run(router(scope, receive, send))
+    assert seen == ["http.request", "http.disconnect"]
+
+
+def test_a_client_that_leaves_before_its_body_is_complete_gets_nothing():
+    messages = [
+        {"type": "http.request", "body": b"{", "more_body": True},
+        {"type": "http.disconnect"},
+    ]
+
+    async def receive():
+        return messages.pop(0)
+
+    async def send(message):
+        raise AssertionError("nobody is there to read an answer")
+
+    scope = {"type": "http", "method": "POST", "path": CHAT, "headers": []}
+    asyncio.run(make_router()(scope, receive, send))
+
+
+@pytest.mark.parametrize(
+    ("header", "status"),
+    [
+        ("Bearer right", 200),
+        ("bearer right", 200),
+        ("Bearer wrong", 401),
+        ("Basic right", 401),
+        (None, 401),
+    ],
+)
+def test_with_a_keys_file_only_its_keys_are_let_in(tmp_path, header, status):
+    file = tmp_path / "keys"
+    file.write_text("# ours\nother\n\nright\n")
+    router = make_router(api_keys=ApiKeys(file))
+    headers = {} if header is None else {"authorization": header}
+    assert call(router, "POST", CHAT, json={"model": "a"}, headers=headers).status_code == status
+    assert call(router, "GET", "/v1/models", headers=headers).status_code == status
+    assert call(router, "GET", "/health").status_code == 200
+
+
+def test_a_keys_file_without_keys_is_refused(tmp_path):
+    file = tmp_path / "keys"
+    file.write_text("# none yet\n")
+    with pytest.raises(ConfigError, match="no API key"):
+        ApiKeys(file)
+
+
+def test_the_lifespans_of_all_applications_are_run():
+    events: list[str] = []
+
+    def lifespan_of(name: str) -> Any:
+        @asynccontextmanager
+        async def lifespan(app):
+            events.append(f"start {name}")
+            yield
+            events.append(f"stop {name}")
+
+        return lifespan
+
+    router = make_router(
+        served("a", app=echo_app("a", lifespan_of("a"))),
+        served("b", app=echo_app("b", lifespan_of("b"))),
+    )
+    incoming = [{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}]
+    sent: list[dict[str, Any]] = []
+
+    async def receive():
+        return incoming.pop(0)
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(router({"type": "lifespan"}, receive, send))
+    assert events == ["start a", "start b", "stop b", "stop a"]
+    assert [message["type"] for message in sent] == [
+        "lifespan.startup.complete",
+        "lifespan.shutdown.complete",
+    ]
+
+
+def test_the_models_own_error_body_is_passed_on():
+    async def refuse(request: Request) -> JSONResponse:
+        return JSONResponse({"error": {"message": "too long"}}, status_code=400)
+
+    router = make_router(served("a", app=Starlette(routes=[Route(CHAT, refuse, methods=["POST"])])))
+    response = call(router, "POST", CHAT, json={"model": "a"})
+    assert response.status_code == 400
+    assert json.loads(response.text) == {"error": {"message": "too long"}}

@@ -1,0 +1,217 @@
+"""The step loop and round robin, on engines made of arithmetic."""
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aegaeon.core.clock import ManualClock
+from aegaeon.core.engine import EngineLoad
+from aegaeon.core.errors import AegaeonError
+from aegaeon.sched.policies import POLICIES, make_policy
+from aegaeon.sched.policies.round_robin import RoundRobin
+from aegaeon.sched.scheduler import ModelView, PoolState, Turn
+from aegaeon.sched.step_loop import RETRY_DELAYS_S, StepLoop
+
+
+@dataclass
+class CountingEngine:
+    """Has `work` steps to do; logs each in a journal shared with the others."""
+
+    name: str
+    work: int
+    journal: list[str]
+    raises_at: int | None = None
+    arrivals: list[int] = field(default_factory=list)
+    error: BaseException | None = None
+    executes: bool = True
+
+    def poll(self) -> None:
+        if self.arrivals:
+            self.work += self.arrivals.pop(0)
+
+    def load(self) -> EngineLoad:
+        return EngineLoad(num_running=min(self.work, 1), num_waiting=0)
+
+    def has_work(self) -> bool:
+        return self.work > 0
+
+    def step(self) -> bool:
+        if self.raises_at is not None and self.work == self.raises_at:
+            raise RuntimeError("the model broke")
+        self.journal.append(self.name)
+        if self.executes:
+            self.work -= 1
+        return self.executes
+
+    def fail(self, error: BaseException) -> None:
+        self.error = error
+        self.work = 0
+
+
+@dataclass
+class JournalResidency:
+    journal: list[str]
+    failures: dict[str, int] = field(default_factory=dict)
+    current: str | None = None
+
+    def is_resident(self, name: str) -> bool:
+        return name == self.current
+
+    def activate(self, name: str) -> None:
+        if self.failures.get(name, 0) > 0:
+            self.failures[name] -= 1
+            raise AegaeonError("no room")
+        if self.current != name:
+            self.journal.append(f"switch to {name}")
+        self.current = name
+
+
+def make_loop(quantum: int, *engines: CountingEngine, failures: dict[str, int] | None = None):
+    journal = engines[0].journal
+    residency = JournalResidency(journal, failures or {})
+    clock = ManualClock()
+    loop = StepLoop(policy=RoundRobin(quantum), residency=residency, clock=clock)
+    for engine in engines:
+        loop.add(engine)
+    return loop, clock
+
+
+def test_models_alternate_after_quantum_steps():
+    journal: list[str] = []
+    loop, _ = make_loop(2, CountingEngine("a", 3, journal), CountingEngine("b", 3, journal))
+    loop.run_until_idle()
+    assert journal == [
+        *("switch to a", "a", "a"),
+        *("switch to b", "b", "b"),
+        *("switch to a", "a"),
+        *("switch to b", "b"),
+    ]
+
+
+def test_a_model_alone_with_work_is_never_switched_away():
+    journal: list[str] = []
+    loop, _ = make_loop(2, CountingEngine("a", 5, journal), CountingEngine("b", 0, journal))
+    loop.run_until_idle()
+    assert journal == ["switch to a", *"aaaaa"]
+    assert loop.counters.steps == 5
+
+
+def test_work_that_arrives_during_a_turn_is_taken_in():
+    journal: list[str] = []
+    loop, _ = make_loop(8, CountingEngine("a", 1, journal, arrivals=[0, 2, 1]))
+    loop.run_turn()
+    assert journal.count("a") == 4
+
+
+def test_an_engine_that_raises_ends_alone():
+    journal: list[str] = []
+    broken = CountingEngine("a", 3, journal, raises_at=2)
+    sound = CountingEngine("b", 3, journal)
+    loop, _ = make_loop(2, broken, sound)
+    loop.run_until_idle()
+    assert isinstance(broken.error, RuntimeError)
+    assert sound.error is None
+    assert journal.count("b") == 3
+    assert [engine.name for engine in loop.engines] == ["b"]
+    assert loop.counters.failed_models == 1
+
+
+def test_a_failed_switch_is_tried_again_later_and_others_go_on():
+    journal: list[str] = []
+    loop, clock = make_loop(
+        1, CountingEngine("a", 1, journal), CountingEngine("b", 2, journal), failures={"a": 1}
+    )
+    assert loop.run_turn()  # a fails
+    assert [loop.run_turn(), loop.run_turn()] == [True, True]  # b twice, without a
+    assert not loop.run_turn()  # a still waits
+    clock.advance(RETRY_DELAYS_S[0])
+    assert loop.run_turn()
+    assert journal == ["switch to b", "b", "b", "switch to a", "a"]
+    assert loop.counters.failed_switches == 1
+
+
+def test_a_model_whose_switch_keeps_failing_is_given_up():
+    journal: list[str] = []
+    engine = CountingEngine("a", 1, journal)
+    loop, clock = make_loop(1, engine, failures={"a": 1000})
+    for delay in (*RETRY_DELAYS_S, 0.0):
+        assert loop.run_turn()
+        assert engine.error is None or delay == 0.0
+        clock.advance(delay)
+    assert isinstance(engine.error, AegaeonError)
+    assert not loop.run_turn()
+
+
+def test_a_step_that_ran_nothing_yields_to_the_others():
+    journal: list[str] = []
+    stuck = CountingEngine("a", 1, journal, executes=False)
+    loop, _ = make_loop(8, stuck, CountingEngine("b", 1, journal))
+    loop.run_turn()
+    loop.run_turn()
+    assert journal == ["switch to a", "a", "switch to b", "b"]
+
+
+def test_two_engines_of_one_name_are_refused():
+    loop, _ = make_loop(1, CountingEngine("a", 1, []))
+    with pytest.raises(ValueError, match="already hosted"):
+        loop.add(CountingEngine("a", 1, []))
+
+
+def test_stop_ends_a_turn_after_the_current_step():
+    journal: list[str] = []
+    loop, _ = make_loop(100, CountingEngine("a", 100, journal))
+    loop.stop()
+    loop.run_turn()
+    assert journal == ["switch to a", "a"]
+
+
+@given(
+    work=st.lists(st.integers(0, 30), min_size=1, max_size=6),
+    quantum=st.integers(1, 9),
+)
+def test_all_work_is_done_and_nobody_waits_longer_than_the_bound(work, quantum):
+    journal: list[str] = []
+    engines = [CountingEngine(f"m{i}", steps, journal) for i, steps in enumerate(work)]
+    loop, _ = make_loop(quantum, *engines)
+    loop.run_until_idle()
+    steps = [entry for entry in journal if not entry.startswith("switch")]
+    assert [steps.count(f"m{i}") for i in range(len(work))] == work
+    for i, total in enumerate(work):
+        positions = [-1] + [at for at, name in enumerate(steps) if name == f"m{i}"]
+        gaps = [after - before - 1 for before, after in pairwise(positions)]
+        assert all(gap <= (len(work) - 1) * quantum for gap in gaps), (i, total)
+
+
+def view(name: str, *, has_work: bool = True, blocked_until: float = 0.0) -> ModelView:
+    return ModelView(
+        name, num_running=1, num_waiting=0, has_work=has_work, resident=False,
+        blocked_until=blocked_until,
+    )  # fmt: skip
+
+
+def test_round_robin_starts_after_the_last_and_skips_what_cannot_run():
+    state = PoolState(
+        models=(view("a"), view("b"), view("c", has_work=False), view("d", blocked_until=9.0)),
+        last="b",
+    )
+    assert RoundRobin(3).next_turn(state, now=5.0) == Turn("a", max_steps=3)
+    assert RoundRobin(3).next_turn(state, now=9.0) == Turn("d", max_steps=3)
+
+
+def test_an_unknown_policy_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="round-robin"):
+        make_policy("fastest", quantum=1)
+
+
+def test_a_quantum_below_one_step_is_refused():
+    with pytest.raises(ValueError, match="at least 1"):
+        RoundRobin(0)
+
+
+def test_the_pool_file_accepts_exactly_the_policies_there_are():
+    from aegaeon.core import config
+
+    assert set(config.POLICIES) == set(POLICIES)
