@@ -1,0 +1,35 @@
+"""Memory for many models on few GPUs: physical memory that moves between stable addresses.
+
+Knows bytes, addresses, streams and layouts; never a request, a model or an engine. Importing it
+needs no GPU, no driver and no torch.
+"""
+
+from aegaeon_kernels.arena import Arena, ArenaStats, Device, Region
+from aegaeon_kernels.errors import (
+    DriverError,
+    Error,
+    IntegrityError,
+    LifecycleError,
+    OutOfMemory,
+    TransferCancelled,
+)
+from aegaeon_kernels.host_image import HostImage
+from aegaeon_kernels.prefetch import Prefetcher, PrefetchStats, Ticket, TicketState
+
+__all__ = [
+    "Arena",
+    "ArenaStats",
+    "Device",
+    "DriverError",
+    "Error",
+    "HostImage",
+    "IntegrityError",
+    "LifecycleError",
+    "OutOfMemory",
+    "PrefetchStats",
+    "Prefetcher",
+    "Region",
+    "Ticket",
+    "TicketState",
+    "TransferCancelled",
+]

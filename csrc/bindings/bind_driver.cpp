@@ -1,0 +1,143 @@
+// Drivers, and their raw calls: each returns the result code, or (code, value).
+#include <pybind11/native_enum.h>
+#include <pybind11/stl.h>
+
+#include "bindings/bindings.hpp"
+#include "driver/faulty.hpp"
+#include "error.hpp"
+
+namespace aegaeon {
+namespace {
+
+void* pointer(Address address) {
+  return reinterpret_cast<void*>(address);
+}
+
+template <typename Class>
+void bind_raw_calls(Class& driver) {
+  driver
+      .def(
+          "mem_create",
+          [](Driver& self, std::size_t bytes) {
+            MemHandle handle = 0;
+            auto result = self.mem_create(&handle, bytes);
+            return std::pair{result, handle};
+          },
+          py::arg("bytes"), ReleaseGil())
+      .def("mem_release", &Driver::mem_release, py::arg("handle"), ReleaseGil())
+      .def(
+          "address_reserve",
+          [](Driver& self, std::size_t bytes, std::size_t alignment) {
+            Address address = 0;
+            auto result = self.address_reserve(&address, bytes, alignment);
+            return std::pair{result, address};
+          },
+          py::arg("bytes"), py::arg("alignment"), ReleaseGil())
+      .def("address_free", &Driver::address_free, py::arg("address"), py::arg("bytes"),
+           ReleaseGil())
+      .def("mem_map", &Driver::mem_map, py::arg("address"), py::arg("bytes"), py::arg("offset"),
+           py::arg("handle"), ReleaseGil())
+      .def("mem_set_access", &Driver::mem_set_access, py::arg("address"), py::arg("bytes"),
+           py::arg("access"), ReleaseGil())
+      .def("mem_unmap", &Driver::mem_unmap, py::arg("address"), py::arg("bytes"), ReleaseGil())
+      .def(
+          "host_alloc",
+          [](Driver& self, std::size_t bytes) {
+            void* memory = nullptr;
+            auto result = self.host_alloc(&memory, bytes);
+            return std::pair{result, reinterpret_cast<Address>(memory)};
+          },
+          py::arg("bytes"), ReleaseGil())
+      .def(
+          "host_free", [](Driver& self, Address memory) { return self.host_free(pointer(memory)); },
+          py::arg("memory"), ReleaseGil())
+      .def(
+          "stream_create",
+          [](Driver& self) {
+            StreamId stream = 0;
+            auto result = self.stream_create(&stream);
+            return std::pair{result, stream};
+          },
+          ReleaseGil())
+      .def("stream_destroy", &Driver::stream_destroy, py::arg("stream"), ReleaseGil())
+      .def("stream_synchronize", &Driver::stream_synchronize, py::arg("stream"), ReleaseGil())
+      .def("stream_wait_event", &Driver::stream_wait_event, py::arg("stream"), py::arg("event"),
+           ReleaseGil())
+      .def(
+          "memcpy_h2d_async",
+          [](Driver& self, Address destination, Address source, std::size_t bytes,
+             StreamId stream) {
+            return self.memcpy_h2d_async(destination, pointer(source), bytes, stream);
+          },
+          py::arg("destination"), py::arg("source"), py::arg("bytes"), py::arg("stream"),
+          ReleaseGil())
+      .def(
+          "memcpy_d2h_async",
+          [](Driver& self, Address destination, Address source, std::size_t bytes,
+             StreamId stream) {
+            return self.memcpy_d2h_async(pointer(destination), source, bytes, stream);
+          },
+          py::arg("destination"), py::arg("source"), py::arg("bytes"), py::arg("stream"),
+          ReleaseGil())
+      .def("memcpy_d2d_async", &Driver::memcpy_d2d_async, py::arg("destination"), py::arg("source"),
+           py::arg("bytes"), py::arg("stream"), ReleaseGil())
+      .def("memset_async", &Driver::memset_async, py::arg("destination"), py::arg("value"),
+           py::arg("bytes"), py::arg("stream"), ReleaseGil())
+      .def(
+          "event_create",
+          [](Driver& self) {
+            EventId event = 0;
+            auto result = self.event_create(&event);
+            return std::pair{result, event};
+          },
+          ReleaseGil())
+      .def("event_destroy", &Driver::event_destroy, py::arg("event"), ReleaseGil())
+      .def("event_record", &Driver::event_record, py::arg("event"), py::arg("stream"), ReleaseGil())
+      .def("event_query", &Driver::event_query, py::arg("event"), ReleaseGil())
+      .def("event_synchronize", &Driver::event_synchronize, py::arg("event"), ReleaseGil());
+}
+
+}  // namespace
+
+void bind_driver(py::module_& module) {
+  py::native_enum<Access>(module, "Access", "enum.Enum")
+      .value("NONE", Access::kNone)
+      .value("READ", Access::kRead)
+      .value("READWRITE", Access::kReadWrite)
+      .finalize();
+
+  py::class_<Driver, std::shared_ptr<Driver>> driver(module, "Driver");
+  driver.def_property_readonly("name", &Driver::name)
+      .def_property_readonly(
+          "kind",
+          [](Driver const& self) { return self.kind() == DeviceKind::kCuda ? "cuda" : "host"; })
+      .def_property_readonly("device_index", &Driver::device_index)
+      .def_property_readonly("granularity_bytes", &Driver::granularity_bytes)
+      .def_property_readonly("dlpack_device", &dlpack_device)
+      .def("describe", &Driver::describe, py::arg("code"))
+      .def(
+          "memory_info",
+          [](Driver& self) {
+            MemoryInfo info;
+            check(self, self.memory_info(&info), "memory_info");
+            return std::pair{info.free_bytes, info.total_bytes};
+          },
+          ReleaseGil());
+  bind_raw_calls(driver);
+
+  py::class_<FaultyDriver, Driver, std::shared_ptr<FaultyDriver>>(module, "FaultyDriver")
+      .def(py::init<std::shared_ptr<Driver>>(), py::arg("inner"))
+      .def("fail_call", &FaultyDriver::fail_call, py::kw_only(), py::arg("n"), py::arg("call"),
+           py::arg("code"), py::arg("persistent"), ReleaseGil())
+      .def("reset", &FaultyDriver::reset, ReleaseGil())
+      .def_property_readonly("calls", &FaultyDriver::calls)
+      .def_property_readonly("live", &FaultyDriver::live);
+
+  module.def("make_host_driver", &make_host_driver, py::kw_only(), py::arg("capacity_bytes"));
+  module.def("make_cuda_driver", &make_cuda_driver, py::kw_only(), py::arg("index"),
+             py::arg("library"), ReleaseGil());
+  module.def("count_cuda_devices", &count_cuda_devices, py::kw_only(), py::arg("library"),
+             ReleaseGil());
+}
+
+}  // namespace aegaeon

@@ -1,0 +1,39 @@
+// What the binding files share. Defaults of arguments live in the Python wrappers only: functions
+// bound here take theirs by keyword, without defaults.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "vmm/arena.hpp"
+
+namespace aegaeon {
+
+namespace py = pybind11;
+
+// Everything that can wait (for the driver, a lock, a copy) lets other Python threads run: one of
+// them may be what it waits for.
+using ReleaseGil = py::call_guard<py::gil_scoped_release>;
+
+void bind_driver(py::module_& module);
+void bind_transfer(py::module_& module);
+void bind_vmm(py::module_& module);
+void register_errors();
+
+// A DLPack capsule of a C-contiguous tensor; `keep` lives as long as the tensor does.
+struct DLPackType {
+  std::uint8_t code = 0;
+  std::uint8_t bits = 0;
+};
+std::size_t dlpack_bytes(std::vector<std::int64_t> const& shape, std::size_t type_bits);
+// driver: whose memory it is; null for ordinary host memory.
+py::capsule make_dlpack(Driver const* driver, Address address, std::vector<std::int64_t> shape,
+                        DLPackType type, bool versioned, bool read_only,
+                        std::shared_ptr<void> keep);
+std::pair<int, int> dlpack_device(Driver const& driver);
+
+}  // namespace aegaeon

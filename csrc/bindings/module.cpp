@@ -1,0 +1,9 @@
+#include "bindings/bindings.hpp"
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "Compiled part of aegaeon_kernels; the Python modules are the API.";
+  aegaeon::register_errors();
+  aegaeon::bind_driver(module);
+  aegaeon::bind_vmm(module);
+  aegaeon::bind_transfer(module);
+}

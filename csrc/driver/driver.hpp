@@ -1,0 +1,99 @@
+// Driver: the few device driver calls this project needs, as an interface. The concepts and the
+// result codes are CUDA's, whichever implementation is behind: libcuda.cpp, host.cpp, faulty.cpp.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace aegaeon {
+
+using Result = int;  // a CUresult value
+using Address = std::uint64_t;
+using MemHandle = std::uint64_t;
+using StreamId = std::uint64_t;
+using EventId = std::uint64_t;
+
+inline constexpr Result kSuccess = 0;
+inline constexpr Result kInvalidValue = 1;
+inline constexpr Result kDriverOutOfMemory = 2;
+inline constexpr Result kNotInitialized = 3;
+inline constexpr Result kNoDevice = 100;
+inline constexpr Result kInvalidHandle = 400;
+inline constexpr Result kNotReady = 600;
+inline constexpr Result kNotSupported = 801;
+
+enum class Access { kNone, kRead, kReadWrite };
+enum class DeviceKind { kHost, kCuda };
+
+struct MemoryInfo {
+  std::size_t free_bytes = 0;
+  std::size_t total_bytes = 0;
+};
+
+// Calls may come from any thread. Those that return Result never throw; the others never fail.
+class Driver {
+ public:
+  Driver() = default;
+  virtual ~Driver() = default;
+  Driver(Driver const&) = delete;  // owns a device context
+  Driver& operator=(Driver const&) = delete;
+
+  [[nodiscard]] virtual std::string name() const = 0;  // "host", "cuda:0"
+  [[nodiscard]] virtual DeviceKind kind() const noexcept = 0;
+  [[nodiscard]] virtual int device_index() const noexcept = 0;
+  [[nodiscard]] virtual std::size_t granularity_bytes() const noexcept = 0;
+  [[nodiscard]] virtual std::string describe(Result code) const = 0;
+
+  virtual Result memory_info(MemoryInfo* info) noexcept = 0;
+
+  // Virtual memory. Rules (docs/memory.md): a handle is mapped whole, at offset 0; a mapping has no
+  // access until mem_set_access; set_access and unmap take runs of whole mappings; address_free
+  // takes exactly one reservation, with nothing mapped in it.
+  virtual Result mem_create(MemHandle* handle, std::size_t bytes) noexcept = 0;
+  virtual Result mem_release(MemHandle handle) noexcept = 0;
+  virtual Result address_reserve(Address* address, std::size_t bytes,
+                                 std::size_t alignment) noexcept = 0;
+  virtual Result address_free(Address address, std::size_t bytes) noexcept = 0;
+  virtual Result mem_map(Address address, std::size_t bytes, std::size_t offset,
+                         MemHandle handle) noexcept = 0;
+  virtual Result mem_set_access(Address address, std::size_t bytes, Access access) noexcept = 0;
+  virtual Result mem_unmap(Address address, std::size_t bytes) noexcept = 0;
+
+  // Host memory the device can read and write by DMA, page-locked where that means something.
+  virtual Result host_alloc(void** memory, std::size_t bytes) noexcept = 0;
+  virtual Result host_free(void* memory) noexcept = 0;
+
+  virtual Result stream_create(StreamId* stream) noexcept = 0;
+  virtual Result stream_destroy(StreamId stream) noexcept = 0;
+  virtual Result stream_synchronize(StreamId stream) noexcept = 0;
+  virtual Result stream_wait_event(StreamId stream, EventId event) noexcept = 0;
+
+  virtual Result memcpy_h2d_async(Address destination, void const* source, std::size_t bytes,
+                                  StreamId stream) noexcept = 0;
+  virtual Result memcpy_d2h_async(void* destination, Address source, std::size_t bytes,
+                                  StreamId stream) noexcept = 0;
+  virtual Result memcpy_d2d_async(Address destination, Address source, std::size_t bytes,
+                                  StreamId stream) noexcept = 0;
+  virtual Result memset_async(Address destination, std::uint8_t value, std::size_t bytes,
+                              StreamId stream) noexcept = 0;
+
+  virtual Result event_create(EventId* event) noexcept = 0;
+  virtual Result event_destroy(EventId event) noexcept = 0;
+  virtual Result event_record(EventId event, StreamId stream) noexcept = 0;
+  virtual Result event_query(EventId event) noexcept = 0;  // kNotReady while work is pending
+  virtual Result event_synchronize(EventId event) noexcept = 0;
+};
+
+// The embedded default: a device of capacity_bytes in this process's own memory.
+std::shared_ptr<Driver> make_host_driver(std::size_t capacity_bytes);
+
+// CUDA device `index` through the driver library (opened here, never linked). Throws DriverError,
+// with what to do about it, when the library, the device or a needed call is missing.
+std::shared_ptr<Driver> make_cuda_driver(int index, std::string const& library);
+// How many devices that library reports; 0 when there is none, for whatever reason.
+int count_cuda_devices(std::string const& library) noexcept;
+
+}  // namespace aegaeon

@@ -1,0 +1,191 @@
+#include "driver/faulty.hpp"
+
+#include <utility>
+
+namespace aegaeon {
+
+void FaultyDriver::fail_call(std::uint64_t n, std::optional<std::string> call, Result code,
+                             bool persistent) {
+  std::lock_guard lock(mutex_);
+  fail_at_ = n;
+  fail_name_ = std::move(call);
+  fail_code_ = code;
+  persistent_ = persistent;
+  matching_calls_ = 0;
+}
+
+void FaultyDriver::reset() {
+  std::lock_guard lock(mutex_);
+  fail_at_ = 0;
+  matching_calls_ = 0;
+  calls_.clear();
+}
+
+std::map<std::string, std::uint64_t> FaultyDriver::calls() const {
+  std::lock_guard lock(mutex_);
+  return calls_;
+}
+
+std::map<std::string, std::int64_t> FaultyDriver::live() const {
+  std::lock_guard lock(mutex_);
+  return live_;
+}
+
+template <typename Call>
+Result FaultyDriver::pass(char const* name, Call call) noexcept {
+  {
+    std::lock_guard lock(mutex_);
+    ++calls_[name];
+    if (fail_at_ != 0 && (!fail_name_ || *fail_name_ == name)) {
+      ++matching_calls_;
+      if (matching_calls_ == fail_at_ || (persistent_ && matching_calls_ > fail_at_)) {
+        return fail_code_;
+      }
+    }
+  }
+  return call();  // unlocked: a synchronize may wait for what another thread is about to submit
+}
+
+void FaultyDriver::count(char const* object, std::int64_t change) {
+  std::lock_guard lock(mutex_);
+  live_[object] += change;
+}
+
+Result FaultyDriver::memory_info(MemoryInfo* info) noexcept {
+  return pass("memory_info", [&] { return inner_->memory_info(info); });
+}
+
+Result FaultyDriver::mem_create(MemHandle* handle, std::size_t bytes) noexcept {
+  Result result = pass("mem_create", [&] { return inner_->mem_create(handle, bytes); });
+  if (result == kSuccess) count("handles", 1);
+  return result;
+}
+
+Result FaultyDriver::mem_release(MemHandle handle) noexcept {
+  Result result = pass("mem_release", [&] { return inner_->mem_release(handle); });
+  if (result == kSuccess) count("handles", -1);
+  return result;
+}
+
+Result FaultyDriver::address_reserve(Address* address, std::size_t bytes,
+                                     std::size_t alignment) noexcept {
+  Result result =
+      pass("address_reserve", [&] { return inner_->address_reserve(address, bytes, alignment); });
+  if (result == kSuccess) count("reservations", 1);
+  return result;
+}
+
+Result FaultyDriver::address_free(Address address, std::size_t bytes) noexcept {
+  Result result = pass("address_free", [&] { return inner_->address_free(address, bytes); });
+  if (result == kSuccess) count("reservations", -1);
+  return result;
+}
+
+Result FaultyDriver::mem_map(Address address, std::size_t bytes, std::size_t offset,
+                             MemHandle handle) noexcept {
+  Result result = pass("mem_map", [&] { return inner_->mem_map(address, bytes, offset, handle); });
+  if (result == kSuccess) {
+    count("mappings", 1);
+    std::lock_guard lock(mutex_);
+    mapped_.emplace(address, bytes);
+  }
+  return result;
+}
+
+Result FaultyDriver::mem_set_access(Address address, std::size_t bytes, Access access) noexcept {
+  return pass("mem_set_access", [&] { return inner_->mem_set_access(address, bytes, access); });
+}
+
+Result FaultyDriver::mem_unmap(Address address, std::size_t bytes) noexcept {
+  Result result = pass("mem_unmap", [&] { return inner_->mem_unmap(address, bytes); });
+  if (result == kSuccess) {
+    std::lock_guard lock(mutex_);
+    auto begin = mapped_.lower_bound(address);
+    auto end = mapped_.lower_bound(address + bytes);
+    live_["mappings"] -= std::distance(begin, end);
+    mapped_.erase(begin, end);
+  }
+  return result;
+}
+
+Result FaultyDriver::host_alloc(void** memory, std::size_t bytes) noexcept {
+  Result result = pass("host_alloc", [&] { return inner_->host_alloc(memory, bytes); });
+  if (result == kSuccess) count("host_allocations", 1);
+  return result;
+}
+
+Result FaultyDriver::host_free(void* memory) noexcept {
+  Result result = pass("host_free", [&] { return inner_->host_free(memory); });
+  if (result == kSuccess) count("host_allocations", -1);
+  return result;
+}
+
+Result FaultyDriver::stream_create(StreamId* stream) noexcept {
+  Result result = pass("stream_create", [&] { return inner_->stream_create(stream); });
+  if (result == kSuccess) count("streams", 1);
+  return result;
+}
+
+Result FaultyDriver::stream_destroy(StreamId stream) noexcept {
+  Result result = pass("stream_destroy", [&] { return inner_->stream_destroy(stream); });
+  if (result == kSuccess) count("streams", -1);
+  return result;
+}
+
+Result FaultyDriver::stream_synchronize(StreamId stream) noexcept {
+  return pass("stream_synchronize", [&] { return inner_->stream_synchronize(stream); });
+}
+
+Result FaultyDriver::stream_wait_event(StreamId stream, EventId event) noexcept {
+  return pass("stream_wait_event", [&] { return inner_->stream_wait_event(stream, event); });
+}
+
+Result FaultyDriver::memcpy_h2d_async(Address destination, void const* source, std::size_t bytes,
+                                      StreamId stream) noexcept {
+  return pass("memcpy_h2d_async",
+              [&] { return inner_->memcpy_h2d_async(destination, source, bytes, stream); });
+}
+
+Result FaultyDriver::memcpy_d2h_async(void* destination, Address source, std::size_t bytes,
+                                      StreamId stream) noexcept {
+  return pass("memcpy_d2h_async",
+              [&] { return inner_->memcpy_d2h_async(destination, source, bytes, stream); });
+}
+
+Result FaultyDriver::memcpy_d2d_async(Address destination, Address source, std::size_t bytes,
+                                      StreamId stream) noexcept {
+  return pass("memcpy_d2d_async",
+              [&] { return inner_->memcpy_d2d_async(destination, source, bytes, stream); });
+}
+
+Result FaultyDriver::memset_async(Address destination, std::uint8_t value, std::size_t bytes,
+                                  StreamId stream) noexcept {
+  return pass("memset_async",
+              [&] { return inner_->memset_async(destination, value, bytes, stream); });
+}
+
+Result FaultyDriver::event_create(EventId* event) noexcept {
+  Result result = pass("event_create", [&] { return inner_->event_create(event); });
+  if (result == kSuccess) count("events", 1);
+  return result;
+}
+
+Result FaultyDriver::event_destroy(EventId event) noexcept {
+  Result result = pass("event_destroy", [&] { return inner_->event_destroy(event); });
+  if (result == kSuccess) count("events", -1);
+  return result;
+}
+
+Result FaultyDriver::event_record(EventId event, StreamId stream) noexcept {
+  return pass("event_record", [&] { return inner_->event_record(event, stream); });
+}
+
+Result FaultyDriver::event_query(EventId event) noexcept {
+  return pass("event_query", [&] { return inner_->event_query(event); });
+}
+
+Result FaultyDriver::event_synchronize(EventId event) noexcept {
+  return pass("event_synchronize", [&] { return inner_->event_synchronize(event); });
+}
+
+}  // namespace aegaeon
