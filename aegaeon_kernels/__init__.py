@@ -14,6 +14,7 @@ from aegaeon_kernels.errors import (
     TransferCancelled,
 )
 from aegaeon_kernels.host_image import HostImage
+from aegaeon_kernels.kv_layout import KVLayout
 from aegaeon_kernels.prefetch import Prefetcher, PrefetchStats, Ticket, TicketState
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Error",
     "HostImage",
     "IntegrityError",
+    "KVLayout",
     "LifecycleError",
     "OutOfMemory",
     "PrefetchStats",

@@ -25,7 +25,7 @@ class Device:
     """A device with memory of its own: "host" (emulated in this process) or "cuda:N".
 
     name:         "host", "cuda" (the first GPU) or "cuda:N".
-    memory_bytes: capacity of the host device, by default half of this machine's memory. Only for "host".
+    memory_bytes: capacity of the host device; by default half of this machine's memory.
     library:      path of the CUDA driver library. Only for "cuda".
 
     Raises ValueError for an unknown name and DriverError, with what to do, when the driver or the
@@ -82,7 +82,7 @@ def _open_driver(name: str, memory_bytes: int | None, library: str) -> _C.Driver
 
 @dataclass(frozen=True)
 class ArenaStats:
-    """A consistent snapshot. sum(owners) + free_bytes + quarantined_bytes == capacity_bytes, always."""
+    """A snapshot. sum(owners) + free_bytes + quarantined_bytes == capacity_bytes, always."""
 
     owners: Mapping[tuple[str, str], int]  # (owner, tag): bytes mapped in their regions
     capacity_bytes: int
@@ -144,7 +144,7 @@ class Arena:
         return Region(self, self._arena.reserve(size_bytes=size_bytes, owner=owner, tag=tag))
 
     def set_limit(self, owner: str, min_bytes: int = 0, max_bytes: int | None = None) -> None:
-        """Keep min_bytes available to the owner (all its tags together), allow it max_bytes at most.
+        """Keep min_bytes available to the owner (all tags together), allow it max_bytes at most.
 
         A maximum below what it holds now takes nothing away; it only stops further mappings.
         Raises ValueError when min > max, or when all minima together exceed the capacity.
@@ -205,7 +205,7 @@ class Region:
 
     @property
     def generation(self) -> int:
-        """Grows with every map and unmap: a cached registration of the memory is stale when it did."""
+        """Grows with every map and unmap: what was registered with a NIC or a library is stale."""
         return self._region.generation
 
     @property
@@ -263,7 +263,8 @@ class Region:
         """A torch tensor over the range, without a copy; C-contiguous, on the region's device.
 
         The tensor keeps the region alive and the address reserved, not the memory: after unmap it
-        may not be touched until the range is mapped again. offset_bytes: a multiple of the item size.
+        may not be touched until the range is mapped again.
+        offset_bytes: a multiple of the item size.
         Raises ValueError (outside the region, misaligned), LifecycleError (not mapped, closed).
         """
         size_bytes = math.prod(shape) * dtype.itemsize
@@ -291,7 +292,10 @@ class Region:
         )
 
     def __dlpack__(self, **wanted: Any) -> object:
-        """The whole region as bytes, for numpy, cupy and torch. Raises LifecycleError unless all is mapped."""
+        """The whole region as bytes, for numpy, cupy and torch.
+
+        Raises LifecycleError unless all of it is mapped.
+        """
         return self._export(0, [self.size_bytes], 1, 8, wants_versioned(wanted))
 
     def __dlpack_device__(self) -> tuple[int, int]:

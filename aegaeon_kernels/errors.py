@@ -12,9 +12,9 @@ class Error(Exception):
 
 
 class DriverError(Error):
-    """A call of the device driver failed. What was asked for did not happen; the state is as before.
+    """A call of the device driver failed. The operation did not happen; the state is as before.
 
-    call: name of the driver call. code: its result (a CUresult). bytes: the size it was about, or 0.
+    call: name of the driver call. code: its result (a CUresult). bytes: its size, or 0.
     """
 
     def __init__(self, message: str, *, call: str = "", code: int = 0, bytes: int = 0) -> None:
@@ -32,7 +32,7 @@ class OutOfMemory(DriverError, MemoryError):
 
 
 class LifecycleError(Error):
-    """An operation that does not fit the object's state: use after close, unmap of what is not mapped."""
+    """An operation that does not fit the state: use after close, unmap of what is not mapped."""
 
 
 class IntegrityError(Error):

@@ -24,7 +24,7 @@ DEFAULT_DEPTH = 2
 
 
 class Ticket:
-    """One transfer. It keeps the image, the region and the region's memory until its last copy is over.
+    """One transfer. Keeps image, region and the region's memory until its last copy is over.
 
     States: QUEUED, RUNNING, then DONE; or DRAINING (cancelled or failed, copies still under way),
     then CANCELLED or FAILED.
@@ -43,7 +43,7 @@ class Ticket:
 
     @property
     def bytes_done(self) -> int:
-        """So many bytes, counted from the front of the order, have arrived. Cheap, takes no lock."""
+        """So many bytes, from the front of the order, have arrived. Cheap, takes no lock."""
         return self._ticket.bytes_done
 
     @property

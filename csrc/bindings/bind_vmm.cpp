@@ -43,7 +43,9 @@ void bind_vmm(py::module_& module) {
       .def_property_readonly("total_converted",
                              [](ArenaStats const& self) { return self.pool.total_converted; });
 
-  py::class_<Arena, std::shared_ptr<Arena>>(module, "Arena")
+  py::class_<Arena, std::shared_ptr<Arena>> arena(module, "Arena");
+  py::class_<Region, std::shared_ptr<Region>> region(module, "Region");
+  arena
       .def(py::init<std::shared_ptr<Driver>, std::size_t, std::optional<std::size_t>>(),
            py::arg("driver"), py::kw_only(), py::arg("capacity_bytes"), py::arg("handle_bytes"))
       .def("reserve", &Arena::reserve, py::kw_only(), py::arg("size_bytes"), py::arg("owner"),
@@ -56,7 +58,7 @@ void bind_vmm(py::module_& module) {
       .def_property_readonly("capacity_bytes", &Arena::capacity_bytes)
       .def_property_readonly("handle_bytes", &Arena::handle_bytes);
 
-  py::class_<Region, std::shared_ptr<Region>>(module, "Region")
+  region
       .def("map", &Region::map, py::kw_only(), py::arg("offset_bytes"), py::arg("size_bytes"),
            ReleaseGil())
       .def("unmap", &Region::unmap, py::kw_only(), py::arg("offset_bytes"), py::arg("size_bytes"),
