@@ -52,5 +52,6 @@ def _tensor_bytes(model: str, file: Path) -> int:
         raise ModelLoadError(model, f"{file} is truncated or altered: {error}") from error
     if not names:
         raise ModelLoadError(model, f"{file} has no tensors")
-    header_bytes = int.from_bytes(file.open("rb").read(8), "little")
+    with file.open("rb") as opened:
+        header_bytes = int.from_bytes(opened.read(8), "little")
     return file.stat().st_size - 8 - header_bytes

@@ -7,9 +7,6 @@ The verdict is true only when every token is the one that plain vLLM produced.
 
 import asyncio
 import json
-import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,19 +20,17 @@ import yaml
 from rich.console import Console
 
 from aegaeon import checkpoint
-from aegaeon.core import envs
 from aegaeon.core.config import format_bytes
-from aegaeon.core.errors import AegaeonError
 from aegaeon.demo_report import print_report
+from aegaeon.local_server import LocalServer, local_server
 from aegaeon.tiny_model import write_tiny_model
+from aegaeon.vllm_plugin.plain import run_alone
 
 ARCHITECTURES = ("llama", "qwen3", "gemma", "qwen3_moe", "qwen2", "gemma3")
 KV_MEMORY_BYTES = 16 << 20
 MAX_MODEL_LEN = 512
 # Beside the largest model and its KV cache; too little for a second model.
 SPARE_BYTES = 4 << 20
-START_TIMEOUT_S = 240.0
-STOP_TIMEOUT_S = 5.0
 SAMPLE_PERIOD_S = 0.05
 
 
@@ -137,10 +132,8 @@ def _run(settings: DemoSettings, folder: Path, console: Console) -> DemoReport:
         f"{format_bytes(together)} together, on a device of {format_bytes(device_memory)}"
     )
     requests = {name: _requests(name, settings) for name in archs}
-    expected = {}
-    for name, path in paths.items():
-        with console.status(f"plain vLLM: {name} alone"):
-            expected[name] = run_plain(path, requests[name])
+    with console.status("plain vLLM: each model alone"):
+        expected = _alone(paths, requests)
     console.print("plain vLLM has answered all requests, one model at a time")
     pool_file = _write_pool(folder, paths, device_memory, settings)
     report = DemoReport(
@@ -148,7 +141,7 @@ def _run(settings: DemoSettings, folder: Path, console: Console) -> DemoReport:
         kv_memory_bytes=KV_MEMORY_BYTES,
         models=[],
     )
-    with running_server(pool_file, folder / "server.log", console) as server:
+    with local_server(pool_file, log=folder / "server.log") as server:
         report.start_s = server.start_s
         started = time.monotonic()
         with console.status("the same requests, all models at once"):
@@ -192,40 +185,25 @@ def _requests(name: str, settings: DemoSettings) -> list[Request]:
     return made
 
 
-def run_plain(model: Path, requests: Sequence[Request]) -> list[list[int]]:
-    """The token ids that plain vLLM, alone in a process of its own, answers to `requests`."""
-    job = {
-        "model": str(model),
-        "max_model_len": MAX_MODEL_LEN,
-        "kv_memory": KV_MEMORY_BYTES,
-        "requests": [asdict(request) for request in requests],
-    }
-    environment = envs.child_environment(
+def _alone(
+    paths: Mapping[str, Path], requests: Mapping[str, Sequence[Request]]
+) -> dict[str, list[list[int]]]:
+    """The token ids that plain vLLM answers, with one model at a time."""
+    jobs = [
         {
-            "AEGAEON_ENABLE": None,
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_LOGGING_LEVEL": "ERROR",
-            "HF_HUB_OFFLINE": "1",
+            "model": str(path),
+            "max_model_len": MAX_MODEL_LEN,
+            "kv_memory": KV_MEMORY_BYTES,
+            "requests": [asdict(request) for request in requests[name]],
         }
-    )
-    done = subprocess.run(
-        [sys.executable, "-m", "aegaeon.vllm_plugin.plain"],
-        input=json.dumps(job),
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
-    if done.returncode != 0:
-        raise AegaeonError(f"plain vLLM failed with {model}:\n{done.stderr[-4000:]}")
-    answer = json.loads(done.stdout.splitlines()[-1])
-    token_ids: list[list[int]] = answer["token_ids"]
-    return token_ids
+        for name, path in paths.items()
+    ]
+    answers = run_alone(jobs)
+    return {name: answer["token_ids"] for name, answer in zip(paths, answers, strict=True)}
 
 
 async def _serve_all(
-    server: "RunningServer",
+    server: LocalServer,
     requests: Mapping[str, Sequence[Request]],
     settings: DemoSettings,
     report: DemoReport,
@@ -280,7 +258,7 @@ async def _stream(client: Any, name: str, request: Request) -> Answer:
     return Answer(token_ids=token_ids, ttft_s=ttft, total_s=time.monotonic() - sent)
 
 
-async def _sample_occupancy(server: "RunningServer", report: DemoReport) -> None:
+async def _sample_occupancy(server: LocalServer, report: DemoReport) -> None:
     started = time.monotonic()
     transport = httpx.AsyncHTTPTransport(uds=str(server.admin_socket))
     async with httpx.AsyncClient(transport=transport, base_url="http://admin") as client:
@@ -291,71 +269,6 @@ async def _sample_occupancy(server: "RunningServer", report: DemoReport) -> None
                 held[entry["owner"]] = held.get(entry["owner"], 0) + entry["bytes"]
             report.occupancy.append((time.monotonic() - started, state["current"], held))
             await asyncio.sleep(SAMPLE_PERIOD_S)
-
-
-# -- the server ----------------------------------------------------------------------------------
-
-
-@dataclass
-class RunningServer:
-    """An `aegaeon serve` process, started by `running_server`."""
-
-    address: str
-    admin_socket: Path
-    start_s: float
-    stop_s: float = 0.0
-
-    def admin(self, path: str) -> Any:
-        transport = httpx.HTTPTransport(uds=str(self.admin_socket))
-        with httpx.Client(transport=transport, base_url="http://admin", timeout=10) as client:
-            return client.get(path).raise_for_status().json()
-
-
-@contextmanager
-def running_server(pool_file: Path, log: Path, console: Console) -> Iterator[RunningServer]:
-    """Start `aegaeon serve` on a free port; on exit end it by Ctrl-C and time that.
-
-    Raises AegaeonError, with the end of the log, when it does not start or does not end.
-    """
-    started = time.monotonic()
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "aegaeon", "serve", str(pool_file), "--port", "0"],
-            stdout=subprocess.PIPE,
-            stderr=output,
-            text=True,
-        )
-        try:
-            with console.status("starting the server"):
-                address = _wait_until_ready(process, log)
-            server = RunningServer(
-                address=address,
-                admin_socket=_admin_socket(pool_file),
-                start_s=time.monotonic() - started,
-            )
-            yield server
-            stopping = time.monotonic()
-            process.send_signal(signal.SIGINT)
-            process.wait(timeout=STOP_TIMEOUT_S)
-            server.stop_s = time.monotonic() - stopping
-        except subprocess.TimeoutExpired as error:
-            raise AegaeonError(f"the server did not end within {STOP_TIMEOUT_S} s") from error
-        finally:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-            if process.stdout is not None:
-                process.stdout.close()
-
-
-def _wait_until_ready(process: subprocess.Popen[str], log: Path) -> str:
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("aegaeon serves "):
-            return line.rsplit(" on ", 1)[1].strip().removesuffix("/v1")
-    process.wait()
-    tail = log.read_text(errors="replace")[-4000:]
-    raise AegaeonError(f"the server ended with status {process.returncode}:\n{tail}")
 
 
 def _write_pool(
@@ -372,10 +285,6 @@ def _write_pool(
     file = folder / "pool.yaml"
     file.write_text(yaml.safe_dump(pool, sort_keys=False))
     return file
-
-
-def _admin_socket(pool_file: Path) -> Path:
-    return Path(yaml.safe_load(pool_file.read_text())["admin"]["socket"])
 
 
 @contextmanager

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import aegaeon_kernels as ak
 from aegaeon.checkpoint import weight_bytes
+from aegaeon.core import envs
 from aegaeon.core.config import ModelConfig
 from aegaeon.sched.policies.round_robin import RoundRobin
 
@@ -42,9 +44,9 @@ def generate_offline(
     if device_memory_bytes is None:
         device_memory_bytes = max(needs) + _ROUNDING_BYTES
 
+    envs.set_vllm_defaults()
     from vllm import SamplingParams
 
-    import aegaeon_kernels as ak
     from aegaeon.vllm_plugin.offline import OfflinePool, Prompt
 
     sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)

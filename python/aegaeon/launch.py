@@ -24,6 +24,7 @@ import psutil
 import uvicorn
 from prometheus_client import REGISTRY, generate_latest
 
+import aegaeon_kernels as ak
 from aegaeon import checkpoint
 from aegaeon.core import envs
 from aegaeon.core.config import PoolConfig, format_bytes
@@ -77,8 +78,6 @@ def check_pool(pool: PoolConfig) -> None:
 
 def resolve_device(pool: PoolConfig) -> str:
     """`host` or `cuda:N`."""
-    import aegaeon_kernels as ak
-
     available = ak.Device.available()
     if pool.device == "auto":
         return next((name for name in available if name != "host"), "host")
@@ -91,12 +90,13 @@ def resolve_device(pool: PoolConfig) -> str:
 
 
 def resolve_device_memory(pool: PoolConfig) -> int:
-    """The arena's capacity in bytes."""
-    import aegaeon_kernels as ak
-
-    device = resolve_device(pool)
-    total = psutil.virtual_memory().total if device == "host" else ak.Device(device).total_bytes
-    return pool.device_memory.resolve(total)
+    """The arena's capacity in bytes: a whole number of pages of the device."""
+    device = ak.Device(resolve_device(pool))
+    _, total = device.memory_info()
+    if device.kind == "host":
+        total = psutil.virtual_memory().total
+    wanted = pool.device_memory.resolve(total)
+    return wanted // device.granularity_bytes * device.granularity_bytes
 
 
 def serve(pool: PoolConfig, *, on_ready: Callable[[str], None] = print) -> None:
@@ -107,6 +107,7 @@ def serve(pool: PoolConfig, *, on_ready: Callable[[str], None] = print) -> None:
     itself.
     """
     check_pool(pool)
+    envs.set_vllm_defaults()
     with ExitStack() as stack:
         listener = _listen(pool.server.host, pool.server.port)
         stack.callback(listener.close)
@@ -131,14 +132,13 @@ class InstanceProcess:
             for index, model in enumerate(pool.models)
         }
         ours, theirs = Pipe()
-        self._process = _spawn_instance(theirs, self.device)
+        self._process = _spawn_instance(theirs)
         theirs.close()
         self._channel = Channel(ours)
         self._answers: dict[int, asyncio.Future[Any]] = {}
         self._next_question = 0
         self._loaded: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
         self._died = asyncio.Event()
-        self._stopping = False
         self._channel.send(
             InstanceSpec(
                 device=self.device,
@@ -231,26 +231,15 @@ class InstanceProcess:
         self._channel.close()
 
 
-def _spawn_instance(theirs: Connection, device: str) -> subprocess.Popen[bytes]:
+def _spawn_instance(theirs: Connection) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-m", "aegaeon.vllm_plugin.instance", str(theirs.fileno())],
         pass_fds=[theirs.fileno()],
-        env=engine_environment(device),
+        env=envs.child_environment({"AEGAEON_ENABLE": "1"}),
         stdin=subprocess.DEVNULL,
         # Ctrl-C in a terminal reaches the launcher alone; it ends the instance.
         process_group=0,
     )
-
-
-def engine_environment(device: str) -> dict[str, str]:
-    """The environment of a process that runs vLLM for us."""
-    changes: dict[str, str | None] = {
-        "AEGAEON_ENABLE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
-    }
-    return envs.child_environment(changes)
 
 
 async def _run(

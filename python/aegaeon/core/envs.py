@@ -109,6 +109,21 @@ def lookup(name: str) -> str | None:
     return os.environ.get(name)
 
 
+def set_vllm_defaults() -> None:
+    """Before vLLM is imported here or in a child: no connections to the outside, and few messages.
+
+    Only what the user has not set. vLLM and the Hugging Face libraries read these variables.
+    """
+    defaults = {
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "DEBUG" if log_level() == "DEBUG" else "ERROR",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
 def child_environment(changes: Mapping[str, str | None]) -> dict[str, str]:
     """This process's environment for a child, with `changes` applied; None removes a variable."""
     environment = dict(os.environ)

@@ -73,9 +73,9 @@ class Unit:
         self._valid = True
 
     def close(self) -> None:
-        self.unmap()
+        """Give back memory and address range; the host image goes with this object."""
         self.region.close()
-        self.image.close()
+        self._valid = False
 
 
 class WeightsUnit(Unit):

@@ -109,7 +109,9 @@ class Switcher:
         """Reserve the device range of `name`'s KV cache and its (sparse) host image."""
         region = self._reserve(name, size_bytes, KVUnit.tag)
         try:
-            image = ak.HostImage.allocate(region.size_bytes, device=self.arena.device)
+            image = ak.HostImage.allocate(
+                region.size_bytes, device=self.arena.device, name=f"{name} kv"
+            )
         except ak.Error:
             region.close()
             raise

@@ -41,6 +41,7 @@ def serve_args(model: ModelConfig, *, device: str) -> Namespace:
         "disable_uvicorn_access_log": True,
         "enable_request_id_headers": True,
         "load_format": "safetensors",
+        "use_tqdm_on_load": False,
         "kv_cache_memory_bytes": model.kv_memory,
     }
     if model.max_model_len is not None:

@@ -34,7 +34,8 @@ class Instance:
         # Imported here and below: vLLM takes seconds, and a stop must work before it is there.
         from aegaeon.vllm_plugin.seams.process_state import ProcessStates
 
-        device = ak.Device(spec.device)
+        host_bytes = spec.device_memory_bytes if spec.device == "host" else None
+        device = ak.Device(spec.device, memory_bytes=host_bytes)
         clock = MonotonicClock()
         self._spec = spec
         self._device = device

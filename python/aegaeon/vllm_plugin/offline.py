@@ -77,7 +77,8 @@ class OfflineEngine:
 class OfflinePool:
     """Hosts models in this process and generates with all of them at once.
 
-    device: an `aegaeon_kernels.Device`; its memory is cut down to `device_memory_bytes`.
+    device: an `aegaeon_kernels.Device`; the models share `device_memory_bytes` of it, rounded
+    down to whole pages of the device.
     Use as a context manager; `close` gives back all device and host memory.
     """
 
@@ -91,10 +92,11 @@ class OfflinePool:
     ) -> None:
         apply_all()
         clock = clock or MonotonicClock()
+        capacity_bytes = device_memory_bytes // device.granularity_bytes * device.granularity_bytes
         self._device = device
         self._states = ProcessStates()
         self.switcher = Switcher(
-            arena=ak.Arena(device, capacity_bytes=device_memory_bytes),
+            arena=ak.Arena(device, capacity_bytes=capacity_bytes),
             prefetcher=ak.Prefetcher(device),
             clock=clock,
             on_activate=self._states.exchange,

@@ -1,22 +1,56 @@
-"""Plain vLLM with one model, alone in its process: the reference that ours is compared with.
+"""Plain vLLM with one model at a time, in a process of its own: what ours is compared with.
 
-`python -m aegaeon.vllm_plugin.plain`, with a job as JSON on standard input and the answer as the
-last line of standard output. Nothing of ours is applied: no seam, no worker, no switch.
+`run_alone` starts `python -m aegaeon.vllm_plugin.plain`, which reads jobs from standard input and
+prints its answers as the last line. Nothing of ours is applied there: no seam, worker or switch.
 """
 
 import json
+import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from aegaeon.core import envs
+from aegaeon.core.errors import AegaeonError
 
-def generate_alone(job: dict[str, Any]) -> dict[str, Any]:
-    """Run a job: `model`, `max_model_len`, `kv_memory` (bytes), `engine` (more options of vLLM),
-    `requests`: each with `messages` or `prompt`, and `sampling` (fields of SamplingParams).
 
-    Returns `token_ids` per request, in order, and `seconds` from the start of the engine to the
-    first and to the last answer.
+def run_alone(
+    jobs: Sequence[Mapping[str, Any]], *, timeout_s: float | None = None
+) -> list[dict[str, Any]]:
+    """Run `jobs` one after another, each on an engine of its own that ends before the next.
+
+    job: `model`, `max_model_len`, `kv_memory` (bytes), `engine` (more options of vLLM), `requests`:
+    each with `messages` or `prompt`, and `sampling` (fields of vLLM's SamplingParams).
+    Returns per job `token_ids` per request, in order; `engine_s` and `total_s`, seconds from the
+    start of the job to the ready engine and to the last answer.
+    Raises AegaeonError with the end of its output when vLLM fails.
     """
+    environment = envs.child_environment(
+        {
+            "AEGAEON_ENABLE": None,
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_LOGGING_LEVEL": "ERROR",
+            "HF_HUB_OFFLINE": "1",
+        }
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "aegaeon.vllm_plugin.plain"],
+        input=json.dumps(list(jobs)),
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=timeout_s,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise AegaeonError(f"plain vLLM failed:\n{done.stderr[-4000:]}")
+    answers: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    return answers
+
+
+def _generate(job: Mapping[str, Any]) -> dict[str, Any]:
     from vllm import LLM
 
     started = time.monotonic()
@@ -37,19 +71,21 @@ def generate_alone(job: dict[str, Any]) -> dict[str, Any]:
             setattr(params, name, value)
         sampling.append(params)
     if "messages" in requests[0]:
-        outputs = llm.chat([request["messages"] for request in requests], sampling, use_tqdm=False)
+        conversations = [request["messages"] for request in requests]
+        outputs = llm.chat(conversations, sampling, use_tqdm=False)
     else:
-        outputs = llm.generate(
-            [request["prompt"] for request in requests], sampling, use_tqdm=False
-        )
-    return {
+        prompts = [request["prompt"] for request in requests]
+        outputs = llm.generate(prompts, sampling, use_tqdm=False)
+    answer = {
         "token_ids": [list(output.outputs[0].token_ids) for output in outputs],
         "engine_s": engine_s,
         "total_s": time.monotonic() - started,
     }
+    llm.llm_engine.engine_core.shutdown()
+    return answer
 
 
 if __name__ == "__main__":
-    answer = generate_alone(json.load(sys.stdin))
+    answers = [_generate(job) for job in json.load(sys.stdin)]
     sys.stdout.flush()
-    print(json.dumps(answer), flush=True)
+    print(json.dumps(answers), flush=True)

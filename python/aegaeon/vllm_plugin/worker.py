@@ -17,7 +17,13 @@ import aegaeon_kernels as ak
 from aegaeon.core.errors import AegaeonError
 from aegaeon.switching.residency import KVUnit
 from aegaeon.switching.switcher import Switcher
-from aegaeon.vllm_plugin.seams import kv_memory, kv_zeroing, rotary_cache, weights
+from aegaeon.vllm_plugin.seams import (
+    expert_group,
+    kv_memory,
+    kv_zeroing,
+    rotary_cache,
+    weights,
+)
 
 
 class Hosting(NamedTuple):
@@ -57,10 +63,15 @@ class ArenaWorker(Worker):
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         rotary_cache.forget_shared_rotary_modules()
+        expert_group.ensure_expert_group(self.model_config)
         super().load_model(load_dummy_weights=load_dummy_weights)
         model = self.model_runner.get_model()
         placement = weights.place(model, self.device)
-        image = ak.HostImage.allocate(placement.size_bytes, device=self._switcher.arena.device)
+        image = ak.HostImage.allocate(
+            placement.size_bytes,
+            device=self._switcher.arena.device,
+            name=f"{self._name} weights",
+        )
         weights.fill_image(model, placement, image)
         unit = self._switcher.add_weights(self._name, image)
         self._switcher.activate(self._name)

@@ -1,0 +1,111 @@
+"""Tiny models, plain vLLM's answers to compare with, and programs in processes of their own."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aegaeon.tiny_model import write_tiny_model
+from aegaeon.vllm_plugin.plain import run_alone
+
+PROGRAMS = Path(__file__).parent / "programs"
+MAX_MODEL_LEN = 512
+KV_MEMORY = 16 << 20
+PROGRAM_TIMEOUT_S = 280
+
+Requests = dict[str, list[dict[str, Any]]]
+
+
+def requests_for(names: list[str], *, per_model: int = 5, max_tokens: int = 24) -> Requests:
+    """Greedy and seeded sampling in turn; a shared beginning longer than a KV block of 128."""
+    beginning = "In the old harbour, between the fish market and the customs house, " * 6
+    return {
+        name: [
+            {
+                "prompt": f"{beginning if i % 2 else ''}{name} {i}: " + "tell me more. " * (i + 1),
+                "sampling": {
+                    "max_tokens": max_tokens + i,
+                    "temperature": 0.0 if i % 2 == 0 else 0.9,
+                    "seed": 100 + i,
+                    "ignore_eos": True,
+                },
+            }
+            for i in range(per_model)
+        ]
+        for name in names
+    }
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, str]]:
+    """tiny_models("llama", "qwen3") -> name -> checkpoint; each is written once."""
+    folder = tmp_path_factory.mktemp("models")
+    written: dict[str, str] = {}
+
+    def get(*archs: str) -> dict[str, str]:
+        for arch in archs:
+            if arch not in written:
+                written[arch] = str(write_tiny_model(arch, folder / arch, seed=len(written)))
+        return {arch: written[arch] for arch in archs}
+
+    return get
+
+
+def run_program(name: str, job: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+    """Run tests/e2e/programs/<name>.py with `job` on its standard input, to its end."""
+    return subprocess.run(
+        [sys.executable, str(PROGRAMS / f"{name}.py")],
+        input=json.dumps(job),
+        capture_output=True,
+        text=True,
+        timeout=PROGRAM_TIMEOUT_S,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def program() -> Callable[[str, dict[str, Any]], dict[str, Any]]:
+    """program("exact", job) -> the answer of tests/e2e/programs/exact.py."""
+
+    def run(name: str, job: dict[str, Any]) -> dict[str, Any]:
+        done = run_program(name, job)
+        assert done.returncode == 0, done.stderr[-6000:]
+        answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return answer
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def plain_vllm() -> Callable[..., dict[str, list[list[int]]]]:
+    """plain_vllm(models, requests, engine) -> the token ids of plain vLLM, with one model at a time
+    in a process that knows nothing of us. Each set of jobs is run once.
+    """
+    known: dict[str, dict[str, list[list[int]]]] = {}
+
+    def run(
+        models: dict[str, str], requests: Requests, engine: dict[str, Any] | None = None
+    ) -> dict[str, list[list[int]]]:
+        jobs = [
+            {
+                "model": path,
+                "max_model_len": MAX_MODEL_LEN,
+                "kv_memory": KV_MEMORY,
+                "engine": engine or {},
+                "requests": requests[name],
+            }
+            for name, path in models.items()
+        ]
+        key = json.dumps(jobs)
+        if key not in known:
+            answers = run_alone(jobs, timeout_s=PROGRAM_TIMEOUT_S)
+            known[key] = {
+                name: answer["token_ids"] for name, answer in zip(models, answers, strict=True)
+            }
+        return known[key]
+
+    return run

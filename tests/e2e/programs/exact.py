@@ -1,0 +1,87 @@
+"""Generates with all models, switching as often as the job says; reports tokens and switches.
+
+`rounds`: how often the requests are run (the second time meets the prefix cache of the first).
+`corrupt`: "weights" or "kv": one byte of each model's host image is flipped, once, right after an
+eviction; the negative control of every claim that the images are what is restored.
+"""
+
+from collections.abc import Callable
+
+from common import make_pool, prompts_of, read_job, report, token_ids_by_model
+
+from aegaeon.switching.residency import KVUnit, Unit, WeightsUnit
+from aegaeon.vllm_plugin.offline import OfflinePool
+
+# The top exponent bit of a bf16 number, in its second byte: about 1 becomes about 1e38.
+EXPONENT_BIT = 0x40
+
+
+def weight_offset(pool: OfflinePool, name: str, unit: Unit) -> int:
+    """Of the final norm's first weight, which takes part in every logit."""
+    worker = pool.engines[name].core.model_executor.driver_worker.worker
+    weights = dict(worker.model_runner.get_model().named_parameters())
+    norm = next(weights[key] for key in weights if key.endswith("model.norm.weight"))
+    return norm.data_ptr() - unit.region.address + 1
+
+
+def kv_offset(unit: KVUnit) -> int | None:
+    """Of the first number that is kept for the first token of a live block."""
+    null_block = 0
+    live = [block for block in unit.live_blocks() if block != null_block]
+    if not live:
+        return None
+    plane = unit.layouts[0].planes[0]
+    return plane.offset_bytes + live[0] * plane.block_stride_bytes + 1
+
+
+def flip_once_after_eviction(unit: Unit, offset: Callable[[], int | None]) -> None:
+    unmap = unit.unmap
+    flipped = False
+
+    def unmap_and_flip() -> None:
+        nonlocal flipped
+        at = offset()
+        unmap()
+        if not flipped and at is not None:
+            unit.image.tensor()[at] ^= EXPONENT_BIT
+            flipped = True
+
+    unit.unmap = unmap_and_flip  # type: ignore[method-assign]
+
+
+def corrupt(pool: OfflinePool, what: str) -> None:
+    for name, memory in pool.switcher.models.items():
+        for unit in memory.units:
+            if what == "weights" and isinstance(unit, WeightsUnit):
+                flip_once_after_eviction(unit, lambda n=name, u=unit: weight_offset(pool, n, u))
+            if what == "kv" and isinstance(unit, KVUnit):
+                flip_once_after_eviction(unit, lambda u=unit: kv_offset(u))
+
+
+def main() -> None:
+    job = read_job()
+    with make_pool(job) as pool:
+        if "corrupt" in job:
+            corrupt(pool, job["corrupt"])
+        prompts = prompts_of(job)
+        rounds, cached = [], []
+        for _ in range(job.get("rounds", 1)):
+            outputs = pool.generate(prompts)
+            rounds.append(token_ids_by_model(prompts, outputs))
+            cached.append(sum(output.num_cached_tokens for output in outputs))
+        totals = pool.switcher.totals
+        report(
+            {
+                "rounds": rounds,
+                "cached": cached,
+                "steps": pool.loop.counters.steps,
+                "warm": totals.warm,
+                "hot": totals.hot,
+                "bytes_in": totals.bytes_in,
+                "bytes_out": totals.bytes_out,
+            }
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Switches many times between the models of the job while they generate; reports what the process
+holds at two moments: after `warm_up` switches and after `switches`.
+"""
+
+import gc
+import threading
+from pathlib import Path
+
+import psutil
+from common import make_pool, prompts_of, read_job, report
+
+from aegaeon.switching.switcher import SwitchRecord
+
+
+def holdings(pool) -> dict[str, int]:
+    gc.collect()
+    process = psutil.Process()
+    stats = pool.switcher.arena.stats()
+    return {
+        "rss": process.memory_info().rss,
+        "address_space": process.memory_info().vms,
+        "mappings": len(Path("/proc/self/maps").read_text().splitlines()),
+        "fds": process.num_fds(),
+        "threads": threading.active_count(),
+        "native_threads": process.num_threads(),
+        "handles": stats.num_handles,
+        "owned": sum(stats.owners.values()),
+        "free": stats.free_bytes,
+        "quarantined": stats.quarantined_bytes,
+    }
+
+
+def main() -> None:
+    job = read_job()
+    marks = [job["warm_up"], job["switches"]]
+    seen: list[dict[str, int]] = []
+    with make_pool(job) as pool:
+        switches = 0
+        done = False
+
+        def count(record: SwitchRecord) -> None:
+            nonlocal switches, done
+            switches += 1
+            if switches in marks:
+                seen.append(holdings(pool))
+                done = switches == marks[-1]
+
+        pool.switcher.on_switch = count
+        prompts = prompts_of(job)
+        while not done:
+            pool.generate(prompts)
+        report({"seen": seen, "switches": switches})
+
+
+if __name__ == "__main__":
+    main()

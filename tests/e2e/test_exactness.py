@@ -1,0 +1,70 @@
+"""Tokens of models that share too little memory, against the same models served alone.
+
+Every test runs real vLLM twice: ours with a switch after every token, and plain vLLM with each
+model alone in a process that knows nothing of us.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import KV_MEMORY, MAX_MODEL_LEN, requests_for
+
+from aegaeon import checkpoint
+
+pytestmark = pytest.mark.vllm
+
+ARCHITECTURES = ("llama", "qwen3", "gemma", "qwen3_moe", "gemma3")
+
+
+def job_for(models: dict[str, str], requests: dict[str, Any], **options: Any) -> dict[str, Any]:
+    """Device memory for the largest model and its KV cache, and for nothing beside it."""
+    largest = max(checkpoint.weight_bytes(name, Path(path)) for name, path in models.items())
+    return {
+        "models": models,
+        "requests": requests,
+        "device_memory": -(-(largest + (2 << 20)) // (2 << 20)) * (2 << 20) + KV_MEMORY,
+        "kv_memory": KV_MEMORY,
+        "max_model_len": MAX_MODEL_LEN,
+        "quantum": 1,
+        **options,
+    }
+
+
+@pytest.mark.parametrize("prefix_caching", [True, False], ids=["prefix-cache", "no-prefix-cache"])
+def test_a_switch_after_every_token_changes_no_token(
+    prefix_caching, tiny_models, program, plain_vllm
+):
+    models = tiny_models(*ARCHITECTURES)
+    requests = requests_for(list(models))
+    engine = {"enable_prefix_caching": prefix_caching}
+    answer = program("exact", job_for(models, requests, vllm=engine, rounds=2))
+    expected = plain_vllm(models, requests, engine)
+    assert answer["rounds"] == [expected, expected]
+    # It really switched, with copies both ways, at every turn.
+    assert answer["warm"] > 0.9 * answer["steps"]
+    assert answer["hot"] == 0
+    assert answer["bytes_out"] > 0
+    assert (answer["cached"][1] > 0) is prefix_caching
+
+
+def test_models_that_fit_together_are_switched_without_a_copy(tiny_models, program, plain_vllm):
+    models = tiny_models("llama", "qwen3")
+    requests = requests_for(list(models))
+    job = job_for(models, requests)
+    job["device_memory"] *= 2
+    answer = program("exact", job)
+    assert answer["rounds"] == [plain_vllm(models, requests)]
+    assert answer["hot"] > 0.9 * answer["steps"]
+    # Two loads of weights, two of fresh KV; nothing moved afterwards.
+    assert answer["warm"] <= 4
+    assert answer["bytes_out"] == 0
+
+
+@pytest.mark.parametrize("corrupt", ["weights", "kv"])
+def test_one_flipped_byte_in_a_host_image_is_noticed(corrupt, tiny_models, program, plain_vllm):
+    models = tiny_models("llama", "qwen3")
+    requests = requests_for(list(models))
+    answer = program("exact", job_for(models, requests, corrupt=corrupt))
+    for name, expected in plain_vllm(models, requests).items():
+        assert answer["rounds"][0][name] != expected

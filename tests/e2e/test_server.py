@@ -1,0 +1,337 @@
+"""A real `aegaeon serve` process, asked by the official client and by plain HTTP."""
+
+import asyncio
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+import yaml
+from conftest import KV_MEMORY, MAX_MODEL_LEN
+from test_exactness import job_for
+
+from aegaeon.local_server import LocalServer, local_server
+
+pytestmark = pytest.mark.vllm
+
+NAMES = ("llama", "qwen3", "gemma")
+BODY_LIMIT = 1 << 20
+CHAT = "/v1/chat/completions"
+
+
+def write_pool(folder: Path, models: dict[str, str], **changes: Any) -> Path:
+    pool = {
+        "device": "host",
+        "device_memory": job_for(models, {})["device_memory"],
+        "defaults": {"kv_memory": KV_MEMORY, "max_model_len": MAX_MODEL_LEN},
+        "models": [{"model": path, "name": name} for name, path in models.items()],
+        "scheduler": {"quantum": 2},
+        "server": {"max_body_bytes": BODY_LIMIT},
+        "admin": {"socket": str(folder / "admin.sock")},
+        **changes,
+    }
+    file = folder / "pool.yaml"
+    file.write_text(yaml.safe_dump(pool))
+    return file
+
+
+@pytest.fixture(scope="module")
+def server(tiny_models, tmp_path_factory) -> Iterator[LocalServer]:
+    folder = tmp_path_factory.mktemp("server")
+    pool = write_pool(folder, tiny_models(*NAMES))
+    with local_server(pool, log=folder / "log") as running:
+        yield running
+    assert running.stop_s < 5.0
+
+
+@pytest.fixture
+def client(server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=0) as made:
+        yield made
+
+
+def chat(name: str, content: str = "Hello.", **options: Any) -> dict[str, Any]:
+    return {"model": name, "messages": [{"role": "user", "content": content}], **options}
+
+
+def gauge(server: LocalServer, metric: str, model: str) -> float:
+    for line in httpx.get(f"{server.address}/metrics").text.splitlines():
+        if line.startswith(f"{metric}{{") and f'model_name="{model}"' in line:
+            return float(line.rsplit(" ", 1)[1])
+    raise AssertionError(f"{metric} has no series for {model}")
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true"
+        time.sleep(0.05)
+
+
+def test_every_model_answers_the_official_client(client):
+    for name in NAMES:
+        answer = client.chat.completions.create(**chat(name, max_tokens=8), temperature=0)
+        assert answer.model == name
+        assert answer.usage is not None
+        assert answer.usage.completion_tokens > 0
+
+
+def test_completions_are_served_too(client):
+    answer = client.completions.create(model="qwen3", prompt="Once", max_tokens=5, temperature=0)
+    assert answer.choices[0].finish_reason == "length"
+
+
+def test_streams_of_all_models_go_on_side_by_side(server):
+    """The chunks of different models really interleave: no stream waits for another's end."""
+    journal: list[str] = []
+
+    async def stream(made: openai.AsyncOpenAI, name: str) -> int:
+        chunks = 0
+        request = chat(name, max_tokens=40, extra_body={"ignore_eos": True})
+        async for _ in await made.chat.completions.create(**request, stream=True):
+            journal.append(name)
+            chunks += 1
+        return chunks
+
+    async def run() -> list[int]:
+        async with openai.AsyncOpenAI(base_url=f"{server.address}/v1", api_key="none") as made:
+            return await asyncio.gather(*(stream(made, name) for name in NAMES * 2))
+
+    assert all(chunks >= 20 for chunks in asyncio.run(run()))
+    firsts = {name: journal.index(name) for name in NAMES}
+    lasts = {name: len(journal) - 1 - journal[::-1].index(name) for name in NAMES}
+    assert max(firsts.values()) < min(lasts.values())
+
+
+def test_models_are_listed(client):
+    assert [model.id for model in client.models.list()] == list(NAMES)
+
+
+def test_an_unknown_model_is_a_404_that_names_the_valid_ones(client):
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.chat.completions.create(**chat("gpt-9"))
+    assert "llama, qwen3, gemma" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "says"),
+    [
+        (b"{", 400, "not valid JSON"),
+        (json.dumps(chat("llama", "word " * 2000)).encode(), 400, "maximum"),
+        (json.dumps(chat("llama", "x" * BODY_LIMIT)).encode(), 413, "longer than"),
+        (json.dumps(chat("llama", max_tokens=-1)).encode(), 400, "max_tokens"),
+    ],
+    ids=["json", "prompt", "body", "parameter"],
+)
+def test_a_bad_request_is_refused_clearly_and_the_others_are_served(
+    server, client, content, status, says
+):
+    headers = {"content-type": "application/json"}
+    response = httpx.post(f"{server.address}{CHAT}", content=content, headers=headers)
+    assert response.status_code == status, response.text
+    assert says in response.json()["error"]["message"]
+    for name in NAMES:
+        assert client.chat.completions.create(**chat(name, max_tokens=2)).choices
+
+
+def test_a_client_that_disconnects_frees_its_request_and_its_blocks(server):
+    request = chat("llama", max_tokens=450, stream=True, ignore_eos=True)
+    with httpx.stream("POST", f"{server.address}{CHAT}", json=request) as response:
+        lines = response.iter_lines()
+        for _ in range(6):
+            next(lines)
+        assert gauge(server, "vllm:num_requests_running", "llama") == 1
+    wait_until(lambda: gauge(server, "vllm:num_requests_running", "llama") == 0)
+    wait_until(lambda: gauge(server, "vllm:kv_cache_usage_perc", "llama") == 0)
+    tokens = gauge(server, "vllm:generation_tokens_total", "llama")
+    time.sleep(0.5)
+    assert gauge(server, "vllm:generation_tokens_total", "llama") == tokens
+
+
+def test_metrics_tell_the_models_apart_and_count_switches(server, client):
+    for name in NAMES:
+        client.chat.completions.create(**chat(name, max_tokens=2))
+    for name in NAMES:
+        assert gauge(server, "vllm:generation_tokens_total", name) > 0
+    text = httpx.get(f"{server.address}/metrics").text
+    series = dict(line.rsplit(" ", 1) for line in text.splitlines() if line.startswith("aegaeon_"))
+    assert float(series['aegaeon_switches_total{path="warm"}']) > 3
+    assert float(series['aegaeon_switch_seconds_count{path="warm",phase="total"}']) > 3
+    held = {key: float(value) for key, value in series.items() if "arena_bytes{" in key}
+    assert sum(held.values()) == float(series["aegaeon_arena_capacity_bytes"])
+
+
+def test_the_admin_listener_is_for_this_user_alone_and_tells_the_state(server):
+    assert server.admin_socket.stat().st_mode & 0o777 == 0o600
+    state = server.admin("/admin/state")
+    assert [model["name"] for model in state["models"]] == list(NAMES)
+    assert {model["state"] for model in state["models"]} <= {"host", "resident"}
+    assert httpx.get(f"{server.address}/admin/state").status_code == 404
+
+
+# -- the life of the processes -------------------------------------------------------------------
+
+
+def leftovers(folder: Path) -> set[str]:
+    """What a server could leave behind outside of its own folder."""
+    shared = {str(path) for path in Path("/dev/shm").iterdir()}
+    return shared | {str(path) for path in folder.glob("aegaeon-*")}
+
+
+@pytest.fixture
+def tmpdir_of_servers(tmp_path, monkeypatch) -> Path:
+    folder = tmp_path / "t"
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    return folder
+
+
+def start(pool: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "aegaeon", "serve", str(pool), "--port", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+
+
+def children_of(pid: int) -> list[psutil.Process]:
+    return psutil.Process(pid).children(recursive=True)
+
+
+@pytest.mark.parametrize("when", ["starting", "serving"])
+def test_ctrl_c_ends_everything_within_5_s(when, tiny_models, tmp_path, tmpdir_of_servers):
+    pool = write_pool(tmp_path, tiny_models("llama"))
+    before = leftovers(tmpdir_of_servers)
+    process = start(pool)
+    assert process.stdout is not None
+    try:
+        if when == "serving":
+            address = process.stdout.readline().split()[-1].removesuffix("/v1")
+            with httpx.Client() as http:
+                request = chat("llama", max_tokens=450, stream=True, ignore_eos=True)
+                with http.stream("POST", f"{address}{CHAT}", json=request) as response:
+                    next(response.iter_lines())
+                    children = children_of(process.pid)
+                    stopping = time.monotonic()
+                    process.send_signal(signal.SIGINT)
+                    process.wait(timeout=10)
+        else:
+            wait_until(lambda: bool(children_of(process.pid)), timeout_s=20)
+            time.sleep(2.0)
+            children = children_of(process.pid)
+            stopping = time.monotonic()
+            process.send_signal(signal.SIGINT)
+            process.wait(timeout=10)
+        assert time.monotonic() - stopping < 5.0
+        assert process.returncode == 0
+        assert children
+        wait_until(lambda: not any(child.is_running() for child in children))
+        assert leftovers(tmpdir_of_servers) == before
+        assert not (tmp_path / "admin.sock").exists()
+    finally:
+        process.kill()
+        process.stdout.close()
+        process.wait()
+
+
+def test_a_killed_launcher_takes_the_instance_with_it(tiny_models, tmp_path, tmpdir_of_servers):
+    process = start(write_pool(tmp_path, tiny_models("llama")))
+    assert process.stdout is not None
+    process.stdout.readline()
+    children = children_of(process.pid)
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    assert children
+    wait_until(lambda: not any(child.is_running() for child in children))
+    assert not list(tmpdir_of_servers.glob("aegaeon-*"))
+
+
+def test_when_the_instance_dies_its_requests_end_and_the_server_says_so(
+    tiny_models, tmp_path, tmpdir_of_servers
+):
+    process = start(write_pool(tmp_path, tiny_models("llama")))
+    assert process.stdout is not None
+    address = process.stdout.readline().split()[-1].removesuffix("/v1")
+    request = chat("llama", max_tokens=450, stream=True, ignore_eos=True)
+    with httpx.stream("POST", f"{address}{CHAT}", json=request, timeout=10) as response:
+        lines = response.iter_lines()
+        next(lines)
+        for child in children_of(process.pid):
+            if "aegaeon.vllm_plugin.instance" in child.cmdline():
+                child.kill()
+        rest = "\n".join(lines)
+    assert "error" in rest
+    assert process.wait(timeout=10) == 1
+    process.stdout.close()
+
+
+# -- pools that cannot be served -----------------------------------------------------------------
+
+
+def refused(pool: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "aegaeon", "serve", str(pool), "--port", "0"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode in (1, 2)
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def test_a_model_that_cannot_fit_is_refused_with_the_numbers(tiny_models, tmp_path):
+    message = refused(write_pool(tmp_path, tiny_models("llama"), device_memory="8MiB"))
+    assert "'llama' needs" in message
+    assert "16 MiB kv_memory" in message
+    assert "device_memory is 8 MiB" in message
+
+
+@pytest.mark.parametrize("damage", ["truncated", "header", "missing"])
+def test_a_damaged_safetensors_file_is_refused_by_name(damage, tiny_models, tmp_path):
+    source = Path(tiny_models("llama")["llama"])
+    copy = tmp_path / "damaged"
+    copy.mkdir()
+    for file in source.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    weights = copy / "model.safetensors"
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-1000])
+    elif damage == "header":
+        content = bytearray(weights.read_bytes())
+        content[20] ^= 0xFF
+        weights.write_bytes(content)
+    else:
+        weights.unlink()
+    message = refused(write_pool(tmp_path, {"damaged": str(copy)}))
+    assert "damaged" in message
+    assert ("safetensors weights" if damage == "missing" else "model.safetensors") in message
+
+
+def test_a_port_in_use_is_refused_before_anything_is_loaded(tiny_models, tmp_path):
+    pool = write_pool(tmp_path, tiny_models("llama"))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = subprocess.run(
+            [sys.executable, "-m", "aegaeon", "serve", str(pool), "--port", str(port)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert f"cannot listen on 127.0.0.1 port {port}" in done.stderr

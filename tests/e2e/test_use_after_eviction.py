@@ -1,0 +1,18 @@
+"""A stray access to an evicted model is a fault at the access, not garbage later."""
+
+import json
+import signal
+
+import pytest
+from conftest import run_program
+from test_exactness import job_for
+
+pytestmark = pytest.mark.vllm
+
+
+@pytest.mark.parametrize("what", ["weights", "kv"])
+def test_touching_an_evicted_region_faults(what, tiny_models):
+    models = tiny_models("llama", "qwen3")
+    done = run_program("touch_evicted", job_for(models, {}, what=what))
+    assert done.returncode == -signal.SIGSEGV, done.stderr[-4000:]
+    assert "touching" in json.loads(done.stdout.splitlines()[-1])
