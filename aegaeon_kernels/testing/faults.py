@@ -1,9 +1,12 @@
-"""A device whose driver calls fail when told to.
+"""A device whose driver calls fail, or wait, when told to.
 
 Nothing is imitated: every call that is not made to fail reaches the real device behind it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from aegaeon_kernels import _C
 from aegaeon_kernels.arena import Device
@@ -40,8 +43,25 @@ class FaultyDevice(Device):
         self._faulty.fail_call(n=n, call=call, code=code, persistent=persistent)
 
     def reset(self) -> None:
-        """No more failures; the call counters start again."""
+        """No more failures; the call counters and the list of copies start again."""
         self._faulty.reset()
+
+    @contextmanager
+    def holding(self, call: str) -> Iterator[None]:
+        """Inside the block, calls of this name wait; after it they go on. Their threads block."""
+        self._faulty.hold(call)
+        try:
+            yield
+        finally:
+            self._faulty.release()
+
+    @property
+    def copies(self) -> list[tuple[str, int, int]]:
+        """Copies between host and device since the last reset(), in order of submission.
+
+        (name of the call, device address, bytes).
+        """
+        return self._faulty.copies
 
     @property
     def calls(self) -> dict[str, int]:

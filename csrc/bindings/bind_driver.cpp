@@ -129,6 +129,16 @@ void bind_driver(py::module_& module) {
       .def(py::init<std::shared_ptr<Driver>>(), py::arg("inner"))
       .def("fail_call", &FaultyDriver::fail_call, py::kw_only(), py::arg("n"), py::arg("call"),
            py::arg("code"), py::arg("persistent"), ReleaseGil())
+      .def("hold", &FaultyDriver::hold, py::arg("call"), ReleaseGil())
+      .def("release", &FaultyDriver::release, ReleaseGil())
+      .def_property_readonly("copies",
+                             [](FaultyDriver const& self) {
+                               std::vector<std::tuple<std::string, Address, std::size_t>> copies;
+                               for (auto const& copy : self.copies()) {
+                                 copies.emplace_back(copy.call, copy.device_address, copy.bytes);
+                               }
+                               return copies;
+                             })
       .def("reset", &FaultyDriver::reset, ReleaseGil())
       .def_property_readonly("calls", &FaultyDriver::calls)
       .def_property_readonly("live", &FaultyDriver::live);

@@ -14,11 +14,28 @@ void FaultyDriver::fail_call(std::uint64_t n, std::optional<std::string> call, R
   matching_calls_ = 0;
 }
 
+void FaultyDriver::hold(std::string call) {
+  std::lock_guard lock(mutex_);
+  held_ = std::move(call);
+}
+
+void FaultyDriver::release() {
+  std::lock_guard lock(mutex_);
+  held_.reset();
+  released_.notify_all();
+}
+
+std::vector<FaultyDriver::Copy> FaultyDriver::copies() const {
+  std::lock_guard lock(mutex_);
+  return copies_;
+}
+
 void FaultyDriver::reset() {
   std::lock_guard lock(mutex_);
   fail_at_ = 0;
   matching_calls_ = 0;
   calls_.clear();
+  copies_.clear();
 }
 
 std::map<std::string, std::uint64_t> FaultyDriver::calls() const {
@@ -34,8 +51,9 @@ std::map<std::string, std::int64_t> FaultyDriver::live() const {
 template <typename Call>
 Result FaultyDriver::pass(char const* name, Call call) noexcept {
   {
-    std::lock_guard lock(mutex_);
+    std::unique_lock lock(mutex_);
     ++calls_[name];
+    released_.wait(lock, [&] { return !held_ || *held_ != name; });
     if (fail_at_ != 0 && (!fail_name_ || *fail_name_ == name)) {
       ++matching_calls_;
       if (matching_calls_ == fail_at_ || (persistent_ && matching_calls_ > fail_at_)) {
@@ -49,6 +67,11 @@ Result FaultyDriver::pass(char const* name, Call call) noexcept {
 void FaultyDriver::count(char const* object, std::int64_t change) {
   std::lock_guard lock(mutex_);
   live_[object] += change;
+}
+
+void FaultyDriver::log_copy(char const* call, Address device_address, std::size_t bytes) {
+  std::lock_guard lock(mutex_);
+  copies_.push_back({call, device_address, bytes});
 }
 
 Result FaultyDriver::memory_info(MemoryInfo* info) noexcept {
@@ -142,12 +165,14 @@ Result FaultyDriver::stream_wait_event(StreamId stream, EventId event) noexcept 
 
 Result FaultyDriver::memcpy_h2d_async(Address destination, void const* source, std::size_t bytes,
                                       StreamId stream) noexcept {
+  log_copy("memcpy_h2d_async", destination, bytes);
   return pass("memcpy_h2d_async",
               [&] { return inner_->memcpy_h2d_async(destination, source, bytes, stream); });
 }
 
 Result FaultyDriver::memcpy_d2h_async(void* destination, Address source, std::size_t bytes,
                                       StreamId stream) noexcept {
+  log_copy("memcpy_d2h_async", source, bytes);
   return pass("memcpy_d2h_async",
               [&] { return inner_->memcpy_d2h_async(destination, source, bytes, stream); });
 }

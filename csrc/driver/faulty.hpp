@@ -1,13 +1,15 @@
-// Driver that passes every call to another one, fails the calls it is told to fail, and counts
-// calls and live objects. For tests.
+// Driver that passes every call to another one, fails or holds up the calls it is told to, and
+// counts calls and live objects. For tests.
 #pragma once
 
+#include <condition_variable>
 #include <cstdint>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "driver/driver.hpp"
 
@@ -20,7 +22,17 @@ class FaultyDriver final : public Driver {
   // From now on the n-th call (counted from 1; of that name, if one is given) returns `code`
   // without reaching the driver; all later matching calls too when persistent.
   void fail_call(std::uint64_t n, std::optional<std::string> call, Result code, bool persistent);
-  // No more failures; call counters start again. Live objects are counted on.
+  // Calls of that name wait inside the driver until release().
+  void hold(std::string call);
+  void release();
+  struct Copy {
+    std::string call;
+    Address device_address;
+    std::size_t bytes;
+  };
+  // Copies between host and device since the last reset(), in order of submission.
+  [[nodiscard]] std::vector<Copy> copies() const;
+  // No more failures; call counters and copies start again. Live objects are counted on.
   void reset();
   [[nodiscard]] std::map<std::string, std::uint64_t> calls() const;
   [[nodiscard]] std::map<std::string, std::int64_t> live() const;
@@ -65,6 +77,7 @@ class FaultyDriver final : public Driver {
   template <typename Call>
   Result pass(char const* name, Call call) noexcept;
   void count(char const* object, std::int64_t change);
+  void log_copy(char const* call, Address device_address, std::size_t bytes);
 
   std::shared_ptr<Driver> inner_;
   mutable std::mutex mutex_;   // guards all that follows
@@ -73,6 +86,9 @@ class FaultyDriver final : public Driver {
   Result fail_code_ = kInvalidValue;
   bool persistent_ = false;
   std::uint64_t matching_calls_ = 0;
+  std::optional<std::string> held_;
+  std::condition_variable released_;
+  std::vector<Copy> copies_;
   std::map<std::string, std::uint64_t> calls_;
   std::map<std::string, std::int64_t> live_;
   std::map<Address, std::size_t> mapped_;  // an unmap may cover many mappings
