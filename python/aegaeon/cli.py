@@ -162,7 +162,8 @@ def _with_address(pool: config.PoolConfig, host: str | None, port: int | None) -
 def main() -> None:
     """The console script. Our own errors end in one message and a status, not in a traceback."""
     try:
-        logging.basicConfig(level=envs.log_level(), format="%(levelname)s %(name)s: %(message)s")
+        logging.basicConfig(level="WARNING", format="%(levelname)s %(name)s: %(message)s")
+        logging.getLogger("aegaeon").setLevel(envs.log_level())
         app()
     except ConfigError as error:
         print(f"aegaeon: {error}", file=sys.stderr)

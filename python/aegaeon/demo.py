@@ -29,8 +29,8 @@ from aegaeon.vllm_plugin.plain import run_alone
 ARCHITECTURES = ("llama", "qwen3", "gemma", "qwen3_moe", "qwen2", "gemma3")
 KV_MEMORY_BYTES = 16 << 20
 MAX_MODEL_LEN = 512
-# Beside the largest model and its KV cache; too little for a second model.
-SPARE_BYTES = 4 << 20
+# Of what all models need together; some fit beside each other, never all.
+DEVICE_SHARE = 0.7
 SAMPLE_PERIOD_S = 0.05
 
 
@@ -124,8 +124,8 @@ def _run(settings: DemoSettings, folder: Path, console: Console) -> DemoReport:
         for index, arch in enumerate(archs):
             paths[arch] = write_tiny_model(arch, folder / arch, seed=index, overwrite=True)
     weights = {name: checkpoint.weight_bytes(name, path) for name, path in paths.items()}
-    device_memory = max(weights.values()) + KV_MEMORY_BYTES + SPARE_BYTES
     together = sum(weights.values()) + len(weights) * KV_MEMORY_BYTES
+    device_memory = int(DEVICE_SHARE * together)
     sizes = ", ".join(format_bytes(size) for size in weights.values())
     console.print(
         f"{len(archs)} models of {sizes} with {format_bytes(KV_MEMORY_BYTES)} of KV cache each: "

@@ -38,7 +38,7 @@ class CountingEngine:
     def has_work(self) -> bool:
         return self.work > 0
 
-    def step(self) -> bool:
+    def run_step(self) -> bool:
         if self.raises_at is not None and self.work == self.raises_at:
             raise RuntimeError("the model broke")
         self.journal.append(self.name)

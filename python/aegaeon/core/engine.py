@@ -34,7 +34,7 @@ class Engine(Protocol):
     def has_work(self) -> bool:
         """Whether a step would do anything, be it only the report of a finished request."""
 
-    def step(self) -> bool:
+    def run_step(self) -> bool:
         """Run one iteration; the model must be resident. Returns whether the model ran."""
 
     def fail(self, error: BaseException) -> None:

@@ -110,11 +110,13 @@ def lookup(name: str) -> str | None:
 
 
 def set_vllm_defaults() -> None:
-    """Before vLLM is imported here or in a child: no connections to the outside, and few messages.
+    """Before vLLM is imported here or in a child: no connections to the outside, few messages, and
+    a core left to the front, as vLLM's own CPU executor does it.
 
-    Only what the user has not set. vLLM and the Hugging Face libraries read these variables.
+    Only what the user has not set. vLLM, the Hugging Face libraries and OpenMP read these.
     """
     defaults = {
+        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) - 1)),
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",

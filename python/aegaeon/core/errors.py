@@ -57,7 +57,7 @@ class CapacityError(AegaeonError):
         return rebuild, (str(self),)
 
 
-class UnknownModel(AegaeonError):  # noqa: N818 - named for the condition, as InstanceDied
+class UnknownModel(AegaeonError):
     """A request names a model that the pool does not serve. Handled by the router: 404 that lists
     the valid names.
     """
@@ -73,7 +73,7 @@ class UnknownModel(AegaeonError):  # noqa: N818 - named for the condition, as In
         return type(self), (self.name, self.valid_names)
 
 
-class InstanceDied(AegaeonError):  # noqa: N818 - a condition that is reported, not a failed call
+class InstanceDied(AegaeonError):
     """The engine process ended while requests were open.
 
     Handled by the front, which answers every open request with 503, and by the supervisor, which

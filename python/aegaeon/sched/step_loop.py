@@ -146,7 +146,7 @@ class StepLoop:
     def _run_steps(self, entry: _Entry, turn: Turn) -> None:
         for _ in range(turn.max_steps):
             try:
-                executed = entry.engine.step()
+                executed = entry.engine.run_step()
             except Exception as error:
                 # The boundary between models: what one model's step raises ends that model only.
                 self._give_up(entry, error)

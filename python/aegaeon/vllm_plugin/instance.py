@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import aegaeon_kernels as ak
+from aegaeon.core import envs
 from aegaeon.core.clock import MonotonicClock
 from aegaeon.core.config import ModelConfig
 from aegaeon.core.control import Channel, InstanceSpec
@@ -170,6 +171,8 @@ def _end_now(runtime_dir: str) -> None:
 def main(control_fd: int) -> None:
     # Ctrl-C reaches the whole terminal; the launcher decides, and tells this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.basicConfig(level="WARNING", format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("aegaeon").setLevel(envs.log_level())
     control = Channel(Connection(control_fd))
     message = control.receive()
     if message is None:

@@ -63,7 +63,7 @@ class OfflineEngine:
     def has_work(self) -> bool:
         return self.error is None and self.engine.has_unfinished_requests()
 
-    def step(self) -> bool:
+    def run_step(self) -> bool:
         outputs = self.engine.step()
         for output in outputs:
             if output.finished:

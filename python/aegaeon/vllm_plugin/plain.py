@@ -26,14 +26,9 @@ def run_alone(
     start of the job to the ready engine and to the last answer.
     Raises AegaeonError with the end of its output when vLLM fails.
     """
+    envs.set_vllm_defaults()
     environment = envs.child_environment(
-        {
-            "AEGAEON_ENABLE": None,
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_LOGGING_LEVEL": "ERROR",
-            "HF_HUB_OFFLINE": "1",
-        }
+        {"AEGAEON_ENABLE": None, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     )
     done = subprocess.run(
         [sys.executable, "-m", "aegaeon.vllm_plugin.plain"],

@@ -77,7 +77,7 @@ class HostedEngineCore(EngineCoreProc):
     def load(self) -> EngineLoad:
         return EngineLoad(*self.scheduler.get_request_counts())
 
-    def step(self) -> bool:
+    def run_step(self) -> bool:
         return self._process_engine_step()
 
     def fail(self, error: BaseException) -> None:
