@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -37,8 +38,20 @@ class Export(Protocol):
 
 
 def as_torch(
-    export: Export, offset_bytes: int, shape: Sequence[int], dtype: torch.dtype
+    export: Export, size_bytes: int, offset_bytes: int, shape: Sequence[int], dtype: torch.dtype
 ) -> torch.Tensor:
+    """A tensor at an offset in size_bytes of memory. Raises ValueError when it does not fit."""
+    if offset_bytes < 0 or offset_bytes % dtype.itemsize:
+        raise ValueError(
+            f"offset_bytes={offset_bytes} has to be a multiple of {dtype.itemsize}, "
+            f"the item size of {dtype}"
+        )
+    end = offset_bytes + math.prod(shape) * dtype.itemsize
+    if min(shape, default=1) <= 0 or end > size_bytes:
+        raise ValueError(
+            f"shape {tuple(shape)} of {dtype} at offset {offset_bytes} is empty, or does not fit "
+            f"in {size_bytes} bytes"
+        )
     from torch.utils.dlpack import from_dlpack
 
     name = str(dtype).removeprefix("torch.")

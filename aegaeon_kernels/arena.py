@@ -5,7 +5,6 @@ This module knows bytes, addresses and owners' names. It does not know what is s
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -267,18 +266,7 @@ class Region:
         offset_bytes: a multiple of the item size.
         Raises ValueError (outside the region, misaligned), LifecycleError (not mapped, closed).
         """
-        size_bytes = math.prod(shape) * dtype.itemsize
-        if offset_bytes < 0 or offset_bytes % dtype.itemsize:
-            raise ValueError(
-                f"offset_bytes={offset_bytes} has to be a multiple of {dtype.itemsize}, "
-                f"the item size of {dtype}"
-            )
-        if min(shape, default=1) <= 0 or offset_bytes + size_bytes > self.size_bytes:
-            raise ValueError(
-                f"shape {tuple(shape)} of {dtype} at offset {offset_bytes} is empty or outside "
-                f"the region of {self.size_bytes} bytes"
-            )
-        return as_torch(self._export, offset_bytes, shape, dtype)
+        return as_torch(self._export, self.size_bytes, offset_bytes, shape, dtype)
 
     def _export(
         self, offset_bytes: int, shape: Sequence[int], code: int, bits: int, versioned: bool

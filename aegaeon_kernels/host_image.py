@@ -54,7 +54,7 @@ class HostImage(_C.HostImage):
         dtype = dtype or torch.uint8
         if shape is None:
             shape = [max(self.size_bytes - offset_bytes, 0) // dtype.itemsize]
-        return as_torch(self._export, offset_bytes, shape, dtype)
+        return as_torch(self._export, self.size_bytes, offset_bytes, shape, dtype)
 
     def _export(
         self, offset_bytes: int, shape: Sequence[int], code: int, bits: int, versioned: bool

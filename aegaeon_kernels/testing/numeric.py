@@ -48,6 +48,8 @@ def _as_array(value: Any) -> npt.NDArray[Any]:
             return np.asarray(tensor.numpy())
         except TypeError:  # bfloat16 and 8-bit floats have no numpy type
             return np.asarray(tensor.view(integer[tensor.element_size()]).numpy())
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return np.frombuffer(value, np.uint8)
     return np.asarray(value)
 
 

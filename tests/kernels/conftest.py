@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import aegaeon_kernels as ak
 import pytest
-from aegaeon_kernels.testing import FaultyDevice
 from kernel_support import MIB, DeviceBytes, StubCuda, build_stub
+
+import aegaeon_kernels as ak
+from aegaeon_kernels.testing import FaultyDevice
 
 DEVICES = ["host", "stub"]
 if "cuda:0" in ak.Device.available():  # elsewhere `pytest -m gpu` selects nothing, and fails

@@ -8,10 +8,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
-import aegaeon_kernels as ak
 import numpy as np
 import numpy.typing as npt
+
+import aegaeon_kernels as ak
 
 MIB = 1 << 20
 GRANULE = 2 * MIB
@@ -20,7 +22,7 @@ GRANULE = 2 * MIB
 class StubCuda:
     """The CUDA library of stub_libcuda.c, and what is alive in it."""
 
-    KINDS = {
+    KINDS: ClassVar = {
         "handles": "H",
         "reservations": "R",
         "mappings": "M",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 
-import aegaeon_kernels as ak
 import pytest
-from aegaeon_kernels.testing import FaultyDevice, assert_bitwise_equal
 from kernel_support import GRANULE, MIB, DeviceBytes, assert_ledger, pattern
+
+import aegaeon_kernels as ak
+from aegaeon_kernels.testing import FaultyDevice, assert_bitwise_equal
 
 LARGE = 4 * GRANULE
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import aegaeon_kernels as ak
 import pytest
 from kernel_support import GRANULE, MIB, StubCuda, build_stub, run_program
+
+import aegaeon_kernels as ak
 
 
 def test_host_is_always_available(stub_cuda: StubCuda, tmp_path: Path) -> None:

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from kernel_support import GRANULE, MIB, DeviceBytes, pattern
+
 from aegaeon_kernels import _C
 from aegaeon_kernels.testing import FaultyDevice, assert_bitwise_equal
-from kernel_support import GRANULE, MIB, DeviceBytes, pattern
 
 OK, INVALID_VALUE, OUT_OF_MEMORY, INVALID_HANDLE = 0, 1, 2, 400
 NONE, READ, READWRITE = _C.Access.NONE, _C.Access.READ, _C.Access.READWRITE
