@@ -6,6 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from aegaeon.core import envs
 from aegaeon.core.config import (
     MemoryBudget,
@@ -18,8 +21,6 @@ from aegaeon.core.config import (
 )
 from aegaeon.core.errors import ConfigError
 from aegaeon.core.units import parse_keep_alive
-from hypothesis import given
-from hypothesis import strategies as st
 
 WritePool = Callable[[str], Path]
 

@@ -120,9 +120,7 @@ class Defaults(_Strict):
 
     slo: Slo = Slo()
     max_model_len: MaxModelLen = None
-    """Longest prompt plus answer, in tokens; null: the model's own limit, as far as `kv_memory`
-    holds it.
-    """
+    """Longest prompt plus answer, in tokens; null: the model's own limit."""
     keep_alive: KeepAlive = 600.0
     """How long an idle model is kept on the device while nobody else needs the room."""
     kv_memory: Size = 64 << 20
