@@ -58,12 +58,13 @@ bool probe_page_table_moves() noexcept {
   bool works = false;
   if (ftruncate(fd, static_cast<off_t>(page)) == 0) {
     void* from = mmap(nullptr, page, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-    if (from != MAP_FAILED) {
-      void* to = mremap(from, page, page, MREMAP_MAYMOVE | MREMAP_DONTUNMAP);
-      works = to != MAP_FAILED;
-      if (works) munmap(to, page);
-      munmap(from, page);
+    void* to = mmap(nullptr, page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (from != MAP_FAILED && to != MAP_FAILED) {
+      // Fixed, as in use; and glibc 2.36 passes no address, but garbage, without MREMAP_FIXED.
+      works = mremap(from, page, page, MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP, to) == to;
     }
+    if (from != MAP_FAILED) munmap(from, page);
+    if (to != MAP_FAILED) munmap(to, page);
   }
   close(fd);
   return works;
