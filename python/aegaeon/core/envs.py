@@ -2,8 +2,7 @@
 
 One function per variable, read at the time of the call and parsed strictly: a value that is set but
 malformed raises `ConfigError` with the name, the value and the accepted form. An empty value counts
-as unset. Variables that configure the build (`AEGAEON_WERROR`, `AEGAEON_SANITIZE`) are read by
-`setup.py` and do not concern this module.
+as unset.
 """
 
 from __future__ import annotations
