@@ -306,6 +306,7 @@ def test_a_damaged_safetensors_file_is_refused_by_name(damage, tiny_models, tmp_
     copy.mkdir()
     for file in source.iterdir():
         (copy / file.name).write_bytes(file.read_bytes())
+    pool = write_pool(tmp_path, {"damaged": str(copy)})
     weights = copy / "model.safetensors"
     if damage == "truncated":
         weights.write_bytes(weights.read_bytes()[:-1000])
@@ -315,7 +316,7 @@ def test_a_damaged_safetensors_file_is_refused_by_name(damage, tiny_models, tmp_
         weights.write_bytes(content)
     else:
         weights.unlink()
-    message = refused(write_pool(tmp_path, {"damaged": str(copy)}))
+    message = refused(pool)
     assert "damaged" in message
     assert ("safetensors weights" if damage == "missing" else "model.safetensors") in message
 

@@ -105,6 +105,10 @@ class KVUnit(Unit):
         self.live_blocks: Callable[[], Sequence[int]] = list
         self._saved: list[ByteRange] = []
 
+    def close(self) -> None:
+        super().close()
+        self.live_blocks = list  # it refers to an engine, which refers to this unit
+
     def _live_ranges(self) -> list[ByteRange]:
         return merged_ranges(self.layouts, self.live_blocks())
 

@@ -18,15 +18,15 @@ from aegaeon.switching.residency import KVUnit, ModelMemory, ModelState, Unit, W
 
 logger = logging.getLogger(__name__)
 
-# Enough for the quantiles of a long run; the totals are kept apart.
-RECORDS_KEPT = 20_000
+# For quantiles of the recent past; the totals are kept apart.
+RECORDS_KEPT = 1_000
 
 
 class SwitchFailed(AegaeonError):
     """A switch could not be done; nothing is lost. The step loop answers with a later retry."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SwitchRecord:
     """One activation. Times in seconds; `path` is hot (all was resident) or warm (host image)."""
 
@@ -234,7 +234,8 @@ class Switcher:
         return plan_activation(
             views,
             target=target,
-            free_bytes=stats.free_bytes,
+            # Quarantined memory is tried again by the next map, which says so when it fails.
+            free_bytes=stats.free_bytes + stats.quarantined_bytes,
             capacity_bytes=stats.capacity_bytes,
         )
 
@@ -272,8 +273,9 @@ class Switcher:
             try:
                 unit.unmap()
             except ak.Error as error:
+                # Messages are formatted here: a kept log record would keep the error's frames.
                 # Its memory stays mapped without counting as resident: the next try reloads it.
-                logger.warning("cannot unmap %s while undoing a switch: %s", unit.tag, error)
+                logger.warning(f"cannot unmap {unit.tag} while undoing a switch: {error}")
         for unit in evicted:
             try:
                 unit.map()
@@ -281,7 +283,7 @@ class Switcher:
                 unit.finish_load()
             except ak.Error as error:
                 # Nothing is lost: its image is complete, and its model loads when it is next run.
-                logger.warning("%s stays on the host after a failed switch: %s", unit.tag, error)
+                logger.warning(f"{unit.tag} stays on the host after a failed switch: {error}")
 
     def _mark(self, names: set[str], state: ModelState | None) -> None:
         for name in names:

@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import threading
+from dataclasses import asdict
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -118,7 +119,7 @@ class Instance:
 
     def switch_records(self) -> list[dict[str, Any]]:
         """The last switches, oldest first; callable from any thread."""
-        return [vars(record) for record in list(self.switcher.records)]
+        return [asdict(record) for record in list(self.switcher.records)]
 
 
 def run(spec: InstanceSpec, control: Channel) -> None:

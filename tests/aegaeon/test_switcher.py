@@ -1,0 +1,276 @@
+"""The switcher on the host driver: bytes are right after every switch, whatever fails.
+
+Models here are patterns: weights that never change, and KV blocks that are rewritten while their
+model is resident. An oracle remembers what each live block must hold.
+"""
+
+import random
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+import aegaeon_kernels as ak
+from aegaeon.core.clock import MonotonicClock
+from aegaeon.core.errors import CapacityError
+from aegaeon.switching.residency import KVUnit, ModelState
+from aegaeon.switching.switcher import Switcher, SwitchFailed, SwitchRecord
+from aegaeon_kernels.kv_layout import KVLayout, Plane
+from aegaeon_kernels.testing import FaultyDevice
+
+MIB = 1 << 20
+WEIGHTS = 4 * MIB
+KV = 2 * MIB
+NUM_BLOCKS = 64
+PAGE = KV // NUM_BLOCKS // 2
+INVALID_VALUE, OUT_OF_MEMORY, LAUNCH_FAILED = 1, 2, 719
+
+
+@dataclass
+class PatternModel:
+    """Two planes of pages, as a two-layer model has them."""
+
+    name: str
+    number: int
+    switcher: Switcher
+    live: dict[int, int] = field(default_factory=dict)  # block id -> byte it is filled with
+
+    def __post_init__(self) -> None:
+        device = self.switcher.arena.device
+        self.switcher.add_model(self.name)
+        image = ak.HostImage.allocate(WEIGHTS, device=device)
+        image.tensor().fill_(self.number)
+        image.seal()
+        self.weights = self.switcher.add_weights(self.name, image)
+        self.kv: KVUnit = self.switcher.add_kv(self.name, KV)
+        self.kv.layouts = (KVLayout((Plane(0, PAGE), Plane(KV // 2, PAGE)), PAGE, NUM_BLOCKS, KV),)
+        self.kv.live_blocks = lambda: list(self.live)
+
+    def pages(self, block: int) -> torch.Tensor:
+        return self.kv.region.tensor((2, NUM_BLOCKS, PAGE), torch.uint8)[:, block]
+
+    def write(self, block: int, value: int) -> None:
+        self.pages(block).fill_(value)
+        self.live[block] = value
+
+    def assert_intact(self) -> None:
+        weights = self.weights.region.tensor((WEIGHTS,), torch.uint8)
+        assert int(weights.min()) == int(weights.max()) == self.number
+        for block, value in self.live.items():
+            page = self.pages(block)
+            assert int(page.min()) == int(page.max()) == value, (self.name, block)
+
+
+def make_switcher(
+    *, capacity: int, faulty: bool = False, names: str = "abc"
+) -> tuple[Switcher, list[PatternModel]]:
+    device: ak.Device = ak.Device("host", memory_bytes=capacity)
+    if faulty:
+        device = FaultyDevice(device)
+    switcher = Switcher(
+        arena=ak.Arena(device, capacity_bytes=capacity),
+        prefetcher=ak.Prefetcher(device),
+        clock=MonotonicClock(),
+    )
+    return switcher, [PatternModel(name, i + 1, switcher) for i, name in enumerate(names)]
+
+
+def assert_ledger_holds(switcher: Switcher) -> None:
+    stats = switcher.arena.stats()
+    assert stats.owned_bytes + stats.free_bytes + stats.quarantined_bytes == stats.capacity_bytes
+    mapped = sum(unit.mapped_bytes for m in switcher.models.values() for unit in m.units)
+    assert stats.owned_bytes == mapped
+
+
+def test_two_models_on_the_memory_of_one_keep_all_their_bytes():
+    switcher, models = make_switcher(capacity=WEIGHTS + KV)
+    rng = random.Random(1)
+    addresses = {m.name: (m.weights.region.address, m.kv.region.address) for m in models}
+    for _ in range(60):
+        model = rng.choice(models)
+        switcher.activate(model.name)
+        model.assert_intact()
+        model.write(rng.randrange(NUM_BLOCKS), rng.randrange(256))
+        if rng.random() < 0.3 and model.live:
+            del model.live[rng.choice(list(model.live))]
+        assert_ledger_holds(switcher)
+        assert [m.name for m in models if switcher.is_resident(m.name)] == [model.name]
+    assert addresses == {m.name: (m.weights.region.address, m.kv.region.address) for m in models}
+    switcher.close()
+
+
+def test_a_resident_model_is_switched_to_without_a_copy():
+    switcher, models = make_switcher(capacity=3 * (WEIGHTS + KV))
+    for model in models:
+        switcher.activate(model.name)
+    before = switcher.totals.bytes_in
+    switcher.activate("a")
+    assert switcher.records[-1].path == "hot"
+    assert (switcher.totals.hot, switcher.totals.bytes_in) == (1, before)
+
+
+def test_activating_the_current_model_is_no_switch():
+    switcher, _ = make_switcher(capacity=WEIGHTS + KV)
+    switcher.activate("a")
+    records = len(switcher.records)
+    switcher.activate("a")
+    assert len(switcher.records) == records
+
+
+def test_only_live_blocks_are_copied():
+    switcher, (a, *_) = make_switcher(capacity=WEIGHTS + KV)
+    switcher.activate("a")
+    a.write(3, 7)
+    a.write(4, 8)
+    switcher.activate("b")
+    assert switcher.records[-1].bytes_out == 2 * 2 * PAGE
+    switcher.activate("a")
+    assert switcher.records[-1].bytes_in == WEIGHTS + 2 * 2 * PAGE
+    a.assert_intact()
+
+
+def test_kv_that_costs_nothing_to_bring_back_leaves_before_weights():
+    switcher, (a, *_) = make_switcher(capacity=2 * WEIGHTS + KV)
+    switcher.activate("a")
+    switcher.activate("b")
+    # a's KV had no live block: evicting it freed enough, and a's weights stayed.
+    assert a.weights.resident
+    assert not a.kv.resident
+
+
+def test_states_follow_the_bytes():
+    switcher, _ = make_switcher(capacity=WEIGHTS + KV)
+    memory = switcher.models["a"]
+    assert memory.state is ModelState.HOST
+    seen: list[ModelState] = []
+    switcher.on_activate = lambda previous, current: seen.append(switcher.models[current].state)
+    switcher.activate("a")
+    switcher.activate("b")
+    assert seen == [ModelState.RESIDENT, ModelState.RESIDENT]
+    assert memory.state is ModelState.HOST
+
+
+def test_hooks_hear_of_every_switch():
+    switcher, _ = make_switcher(capacity=WEIGHTS + KV)
+    changes: list[tuple[str | None, str]] = []
+    records: list[SwitchRecord] = []
+    switcher.on_activate = lambda previous, current: changes.append((previous, current))
+    switcher.on_switch = records.append
+    for name in "aab":
+        switcher.activate(name)
+    assert changes == [(None, "a"), ("a", "b")]
+    assert [(record.model, record.evicted) for record in records] == [("a", ()), ("b", ("a",))]
+
+
+def test_a_model_that_cannot_fit_is_refused_and_nothing_moves():
+    switcher, _ = make_switcher(capacity=WEIGHTS + KV - 2 * MIB)
+    with pytest.raises(CapacityError, match="needs 4 MiB weights \\+ 2 MiB kv"):
+        switcher.activate("a")
+    assert switcher.arena.stats().owned_bytes == 0
+    assert_ledger_holds(switcher)
+
+
+def test_a_pinned_model_stays():
+    switcher, _ = make_switcher(capacity=WEIGHTS + KV)
+    switcher.models["a"].pinned = True
+    switcher.activate("a")
+    with pytest.raises(CapacityError, match="pinned"):
+        switcher.activate("b")
+    assert switcher.is_resident("a")
+
+
+def test_removing_a_model_gives_everything_back():
+    switcher, _ = make_switcher(capacity=WEIGHTS + KV)
+    switcher.activate("a")
+    switcher.remove_model("a")
+    stats = switcher.arena.stats()
+    assert stats.free_bytes == stats.capacity_bytes
+    assert "a" not in switcher.models
+    switcher.activate("b")
+
+
+def test_a_second_model_of_one_name_is_refused():
+    switcher, _ = make_switcher(capacity=WEIGHTS + KV)
+    with pytest.raises(ValueError, match="already here"):
+        switcher.add_model("a")
+
+
+def activate_as_the_loop_does(switcher: Switcher, name: str, *, tries: int) -> None:
+    """Try again after a failure: after a driver that would not even say whether its copies are
+    over, their memory stays in use until it says so.
+    """
+    for _ in range(tries - 1):
+        with suppress(SwitchFailed):
+            return switcher.activate(name)
+        time.sleep(0.01)
+    return switcher.activate(name)
+
+
+def with_one_failing_call(n: int, *, code: int, persistent: bool) -> tuple[FaultyDevice, bool]:
+    """A switch from `a` to `b`, both with live blocks, whose n-th driver call fails; then several
+    more switches with a sound driver. Returns the device, and whether a call failed at all.
+    """
+    switcher, (a, b, _) = make_switcher(capacity=WEIGHTS + KV, faulty=True)
+    device = switcher.arena.device
+    assert isinstance(device, FaultyDevice)
+    switcher.activate("b")
+    b.write(9, 99)
+    switcher.activate("a")
+    a.write(5, 55)
+    a.write(40, 66)
+    live = device.live
+    device.reset()
+    device.fail_call(n, code=code, persistent=persistent)
+    try:
+        switcher.activate("b")
+    except SwitchFailed:
+        failed = True
+    else:
+        failed = False
+    fired = device.num_calls >= n
+    assert failed == fired, f"call {n} failed without a word, or a word came without a failure"
+    assert_ledger_holds(switcher)
+    if not persistent or not failed:
+        device.reset()
+    if failed and not persistent:
+        assert switcher.current == "a"
+        assert switcher.is_resident("a")
+        a.assert_intact()
+        assert device.live == live
+    if failed and persistent:
+        for name in "bab":
+            # Nothing works; what is resident by luck may be activated. Never another exception.
+            with suppress(SwitchFailed, CapacityError):
+                switcher.activate(name)
+            assert_ledger_holds(switcher)
+        device.reset()
+    for model in (b, a, b):
+        activate_as_the_loop_does(switcher, model.name, tries=5 if persistent else 1)
+        model.assert_intact()
+        assert_ledger_holds(switcher)
+    assert switcher.arena.stats().quarantined_bytes == 0
+    switcher.close()
+    return device, failed
+
+
+def fail_each_call(*, code: int, persistent: bool) -> int:
+    """The number of driver calls of the switch; each has failed once, and left nothing behind."""
+    n = 0
+    failed = True
+    while failed:
+        n += 1
+        device, failed = with_one_failing_call(n, code=code, persistent=persistent)
+        assert device.live == {}, f"call {n}"
+    return n - 1
+
+
+@pytest.mark.parametrize("code", [INVALID_VALUE, OUT_OF_MEMORY, LAUNCH_FAILED])
+def test_when_any_one_driver_call_of_a_switch_fails_everything_is_as_before(code):
+    assert fail_each_call(code=code, persistent=False) > 15
+
+
+def test_when_the_driver_fails_for_good_nothing_is_lost():
+    """Not even the way back works; the bytes are in the host images, and return with the driver."""
+    assert fail_each_call(code=LAUNCH_FAILED, persistent=True) > 15

@@ -1,0 +1,22 @@
+"""A driver call fails while real models are switched: no token changes, nothing is lost."""
+
+import pytest
+from conftest import requests_for
+from test_exactness import job_for
+
+pytestmark = pytest.mark.vllm
+
+# More driver calls than one switch there and back makes: the fault moves through all of them.
+CALLS = 60
+
+
+def test_a_failing_driver_call_changes_no_token(tiny_models, program, plain_vllm):
+    models = tiny_models("llama", "qwen3")
+    requests = requests_for(list(models), per_model=2, max_tokens=4)
+    engine = {"enable_prefix_caching": False}
+    answer = program("faults", job_for(models, requests, upto=CALLS, vllm=engine))
+    assert answer["different"] == []
+    assert answer["unbalanced"] == []
+    assert answer["failed_switches"] == CALLS
+    assert answer["failed_models"] == 0
+    assert answer["expected"] == plain_vllm(models, requests, engine)
