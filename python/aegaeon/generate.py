@@ -45,11 +45,9 @@ def generate_offline(
         device_memory_bytes = max(needs) + _ROUNDING_BYTES
 
     envs.set_vllm_defaults()
-    from vllm import SamplingParams
-
     from aegaeon.vllm_plugin.offline import OfflinePool, Prompt
 
-    sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
+    sampling = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
     device = ak.Device("host", memory_bytes=device_memory_bytes)
     with OfflinePool(
         device, device_memory_bytes=device_memory_bytes, policy=RoundRobin(quantum)

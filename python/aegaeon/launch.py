@@ -171,10 +171,10 @@ class InstanceProcess:
             case None:
                 self._died.set()
                 self._loaded.put_nowait(None)
-                for future in self._answers.values():
-                    future.cancel()
+                for waiting in self._answers.values():
+                    waiting.cancel()
             case {"answer": number, "value": value}:
-                future = self._answers.pop(number, None)
+                future = self._answers.get(number)
                 if future is not None and not future.done():
                     future.set_result(value)
             case _:

@@ -32,6 +32,12 @@ REFUSED_OPTIONS: Mapping[str, str] = {
 }
 
 
+WORKERS = {
+    "host": "aegaeon.vllm_plugin.cpu_worker.ArenaCPUWorker",
+    "cuda": "aegaeon.vllm_plugin.worker.ArenaWorker",
+}
+
+
 def serve_args(model: ModelConfig, *, device: str) -> Namespace:
     """vLLM's own parsed `vllm serve` arguments for `model` on `device` (host, cuda:N).
 
@@ -69,8 +75,7 @@ def engine_config(namespace: Namespace, *, model: str, device: str) -> VllmConfi
     """
     engine_args = AsyncEngineArgs.from_cli_args(namespace)
     engine_args.distributed_executor_backend = HostedExecutor
-    worker = "ArenaCPUWorker" if device == "host" else "ArenaGPUWorker"
-    engine_args.worker_cls = f"aegaeon.vllm_plugin.worker.{worker}"
+    engine_args.worker_cls = WORKERS["host" if device == "host" else "cuda"]
     # A batch in flight would keep a model from being switched away after its step.
     engine_args.async_scheduling = False
     try:

@@ -4,7 +4,7 @@ Same workers, same switcher, same step loop as an instance; only vLLM's in-proce
 stands in for the engine core behind sockets.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,19 +21,19 @@ from aegaeon.sched.scheduler import Policy
 from aegaeon.sched.step_loop import StepLoop
 from aegaeon.switching.switcher import Switcher
 from aegaeon.vllm_plugin.engine_config import engine_config, serve_args
+from aegaeon.vllm_plugin.hosting import hosting
 from aegaeon.vllm_plugin.seams import apply_all
 from aegaeon.vllm_plugin.seams.engine_core import keep_live_blocks
 from aegaeon.vllm_plugin.seams.process_state import ProcessStates
-from aegaeon.vllm_plugin.worker import hosting
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One request: a text or token ids for `model`, and how to sample."""
+    """One request: a text or token ids for `model`; `sampling`: fields of vLLM's SamplingParams."""
 
     model: str
     prompt: str | Sequence[int]
-    sampling: SamplingParams
+    sampling: Mapping[str, Any]
 
 
 class OfflineEngine:
@@ -157,7 +157,8 @@ class OfflinePool:
         text: Any = prompt.prompt
         if not isinstance(text, str):
             text = {"prompt_token_ids": list(text)}
-        self.engines[prompt.model].engine.add_request(request_id, text, prompt.sampling)
+        sampling = SamplingParams(**prompt.sampling)
+        self.engines[prompt.model].engine.add_request(request_id, text, sampling)
         return request_id
 
     def close(self) -> None:

@@ -1,22 +1,18 @@
-"""vLLM workers whose model lives in an arena: weights and KV in stable, evictable regions.
+"""The vLLM worker whose model lives in an arena: weights and KV in stable, evictable regions.
 
 Given to vLLM as `worker_cls`. A worker is built inside `hosting(...)`, which says into whose arena
 and under which name; outside of it there is nowhere to put the model, and it says so.
 """
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
-from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 
 import aegaeon_kernels as ak
-from aegaeon.core.errors import AegaeonError
 from aegaeon.switching.residency import KVUnit
-from aegaeon.switching.switcher import Switcher
+from aegaeon.vllm_plugin.hosting import current_hosting
 from aegaeon.vllm_plugin.seams import (
     expert_group,
     kv_memory,
@@ -26,36 +22,11 @@ from aegaeon.vllm_plugin.seams import (
 )
 
 
-class Hosting(NamedTuple):
-    """Where a worker that is being built puts its model."""
-
-    switcher: Switcher
-    model: str
-
-
-_hosting: ContextVar[Hosting | None] = ContextVar("hosting", default=None)
-
-
-@contextmanager
-def hosting(switcher: Switcher, model: str) -> Iterator[None]:
-    """Workers built inside place their model in `switcher`'s arena as `model`."""
-    token = _hosting.set(Hosting(switcher, model))
-    try:
-        yield
-    finally:
-        _hosting.reset(token)
-
-
 class ArenaWorker(Worker):
-    """What both platforms share. Subclasses only choose vLLM's worker to build on."""
+    """On CUDA as it is; `cpu_worker.ArenaCPUWorker` builds the same on vLLM's CPU worker."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        place = _hosting.get()
-        if place is None:
-            raise AegaeonError(
-                "this worker class only works inside an aegaeon instance: start the model with "
-                "`aegaeon serve` or `aegaeon generate`, not with vLLM's own commands"
-            )
+        place = current_hosting()
         super().__init__(*args, **kwargs)
         self._switcher, self._name = place
         self._kv: KVUnit | None = None
@@ -98,11 +69,3 @@ class ArenaWorker(Worker):
         if self._kv is not None and self._kv_bytes is not None:
             kv_zeroing.zero_new_blocks(scheduler_output, self._kv_bytes, self._kv.layouts)
         return super().execute_model(scheduler_output)
-
-
-class ArenaCPUWorker(ArenaWorker, CPUWorker):
-    """On the CPU: the host driver's memory, plain weight tensors."""
-
-
-class ArenaGPUWorker(ArenaWorker):
-    """On CUDA."""

@@ -51,10 +51,8 @@ def make_pool(job: dict[str, Any], device: ak.Device | None = None) -> OfflinePo
 
 def prompts_of(job: dict[str, Any]) -> list[Prompt]:
     """The job's `requests`: model name -> list of {prompt, sampling}; models interleaved."""
-    from vllm import SamplingParams
-
     return [
-        Prompt(model=name, prompt=request["prompt"], sampling=SamplingParams(**request["sampling"]))
+        Prompt(model=name, prompt=request["prompt"], sampling=request["sampling"])
         for name, requests in job["requests"].items()
         for request in requests
     ]

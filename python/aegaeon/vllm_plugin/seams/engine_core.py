@@ -22,9 +22,9 @@ from aegaeon.core.engine import EngineLoad
 from aegaeon.core.errors import AegaeonError
 from aegaeon.switching.residency import KVUnit
 from aegaeon.switching.switcher import Switcher
+from aegaeon.vllm_plugin.hosting import hosting
 from aegaeon.vllm_plugin.seam import Seam, Tier, Upstream
 from aegaeon.vllm_plugin.seams.kv_blocks import live_block_ids
-from aegaeon.vllm_plugin.worker import hosting
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ SEAM = Seam(
     why="packed GEMM weights live in opaque buffers of oneDNN, which cannot be placed in a region; "
     "plain tensors compute the same values, more slowly at small batches",
     how="dispatch_cpu_unquantized_gemm, which vLLM looks up at call time, is replaced",
-    upstream_link="https://github.com/vllm-project/vllm/pull/19121",
+    upstream_link="https://github.com/vllm-project/vllm/pull/24150",
     remove_when="packed weights can be placed in memory of our own",
     relies_on=(
         Upstream(

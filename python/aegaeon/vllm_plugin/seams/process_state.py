@@ -22,9 +22,10 @@ class ProcessState:
     def capture(cls) -> "ProcessState":
         from vllm.v1.worker import workspace
 
+        on_gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         return cls(
             torch_rng=torch.get_rng_state(),
-            cuda_rng=torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+            cuda_rng=torch.cuda.get_rng_state() if on_gpu else None,
             numpy_rng=np.random.get_state(legacy=False),
             workspace=workspace._manager,
         )
