@@ -6,9 +6,10 @@ only by commands that need it.
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -165,12 +166,29 @@ def main() -> None:
         logging.basicConfig(level="WARNING", format="%(levelname)s %(name)s: %(message)s")
         logging.getLogger("aegaeon").setLevel(envs.log_level())
         app()
+        status = 0
+    except SystemExit as leaving:
+        status = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
     except ConfigError as error:
         print(f"aegaeon: {error}", file=sys.stderr)
-        sys.exit(2)
+        status = 2
     except (AegaeonError, ValueError) as error:
         print(f"aegaeon: {error}", file=sys.stderr)
-        sys.exit(1)
+        status = 1
+    _leave(status)
+
+
+def _leave(status: int) -> NoReturn:
+    """End the process; all that it owned has been closed.
+
+    Once vLLM is loaded, not by way of the interpreter's own end: taking vLLM's clients and Triton's
+    bindings apart there prints pages of complaints after the last word.
+    """
+    if "vllm" not in sys.modules:
+        sys.exit(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":
