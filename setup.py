@@ -31,9 +31,9 @@ setup(
     ],
     package_data={
         "aegaeon_kernels": ["py.typed", "*.pyi"],
-        "aegaeon": ["py.typed", "**/*.*"],
+        "aegaeon": ["**/*"],
     },
-    exclude_package_data={"": ["*.pyc", "__pycache__/*"]},
+    exclude_package_data={"": ["**/*.pyc", "**/__pycache__/*"]},
     ext_modules=[Extension("aegaeon_kernels._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
     zip_safe=False,
