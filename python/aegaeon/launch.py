@@ -50,7 +50,8 @@ def check_pool(pool: PoolConfig) -> None:
     """Everything about `pool` that can be checked without starting a process.
 
     Raises ModelLoadError for a checkpoint whose files are not right, CapacityError for a model
-    that could never be resident, and for one that would not fit beside the pinned ones.
+    that could never be resident, for one that would not fit beside the pinned ones, and for a
+    pool whose host images would not fit into `host_memory`.
     """
     device_memory_bytes = resolve_device_memory(pool)
     needs = {
@@ -58,6 +59,14 @@ def check_pool(pool: PoolConfig) -> None:
         for model in pool.models
         if Path(model.model).is_dir()
     }
+    images = sum(weights + kv for weights, kv in needs.values())
+    if images > pool.host_memory:
+        raise CapacityError(
+            f"the host images of all models need {format_bytes(images)} (weights and swapped KV), "
+            f"host_memory is {format_bytes(pool.host_memory)}: raise it, or serve fewer models",
+            needed_bytes=images,
+            available_bytes=pool.host_memory,
+        )
     pinned = {model.name for model in pool.models if model.pin}
     for model in pool.models:
         if model.name not in needs:
@@ -143,6 +152,7 @@ class InstanceProcess:
             InstanceSpec(
                 device=self.device,
                 device_memory_bytes=resolve_device_memory(pool),
+                host_memory_bytes=pool.host_memory,
                 runtime_dir=str(runtime_dir),
                 policy=pool.scheduler.policy,
                 quantum=pool.scheduler.quantum,

@@ -172,6 +172,18 @@ def test_a_model_that_cannot_fit_is_refused_and_nothing_moves():
     assert_ledger_holds(switcher)
 
 
+def test_host_images_beyond_the_host_memory_are_refused_with_the_numbers():
+    switcher, _ = make_switcher(capacity=WEIGHTS + KV, names="a")
+    switcher.host_memory_bytes = WEIGHTS + KV + MIB
+    switcher.add_model("b")
+    image = ak.HostImage.allocate(WEIGHTS, device=switcher.arena.device)
+    with pytest.raises(CapacityError, match="needs 4 MiB, host_memory is 7 MiB, of which 6 MiB"):
+        switcher.add_weights("b", image)
+    with pytest.raises(CapacityError, match="host_memory"):
+        switcher.add_kv("b", KV)
+    assert switcher.models["b"].units == []
+
+
 def test_a_pinned_model_stays():
     switcher, _ = make_switcher(capacity=WEIGHTS + KV)
     switcher.models["a"].pinned = True

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 import aegaeon_kernels as ak
 from aegaeon.core.clock import Clock
-from aegaeon.core.errors import AegaeonError
+from aegaeon.core.config import format_bytes
+from aegaeon.core.errors import AegaeonError, CapacityError
 from aegaeon.switching.plan import ActivationPlan, UnitView, plan_activation
 from aegaeon.switching.residency import KVUnit, ModelMemory, ModelState, Unit, WeightsUnit
 
@@ -68,6 +69,7 @@ class Switcher:
 
     arena: where the units of all models live; its capacity is the device memory of the pool.
     prefetcher: copies between host images and the arena.
+    host_memory_bytes: what the host images of all models may take together; None: no limit.
     on_activate: called with (previous or None, next) after each change of the current model, for
     per-model process state (random generators, workspaces).
     on_switch: called with the record of each switch.
@@ -76,6 +78,7 @@ class Switcher:
     arena: ak.Arena
     prefetcher: ak.Prefetcher
     clock: Clock
+    host_memory_bytes: int | None = None
     on_activate: Callable[[str | None, str], None] = lambda previous, current: None
     on_switch: Callable[[SwitchRecord], None] = lambda record: None
     current: str | None = None
@@ -99,14 +102,21 @@ class Switcher:
         """Reserve the device range of `name`'s weights; `image` holds them in device layout.
 
         The unit is not resident before the next `activate(name)`. Takes `image` over.
+        Raises CapacityError when the pool's host memory is too small for it.
         """
+        self._admit_to_host(name, image.size_bytes, WeightsUnit.tag)
         region = self._reserve(name, image.size_bytes, WeightsUnit.tag)
         unit = WeightsUnit(region, image)
         self._models[name].units.append(unit)
         return unit
 
     def add_kv(self, name: str, size_bytes: int) -> KVUnit:
-        """Reserve the device range of `name`'s KV cache and its (sparse) host image."""
+        """Reserve the device range of `name`'s KV cache and its host image of the same size.
+
+        The image takes memory block by block, as blocks are first evicted; it counts as a whole.
+        Raises CapacityError when the pool's host memory is too small for it.
+        """
+        self._admit_to_host(name, size_bytes, KVUnit.tag)
         region = self._reserve(name, size_bytes, KVUnit.tag)
         try:
             image = ak.HostImage.allocate(
@@ -118,6 +128,19 @@ class Switcher:
         unit = KVUnit(region, image)
         self._models[name].units.append(unit)
         return unit
+
+    def _admit_to_host(self, name: str, size_bytes: int, tag: str) -> None:
+        if self.host_memory_bytes is None:
+            return
+        held = sum(unit.image.size_bytes for m in self._models.values() for unit in m.units)
+        if held + size_bytes > self.host_memory_bytes:
+            raise CapacityError(
+                f"the host image of {name!r} ({tag}) needs {format_bytes(size_bytes)}, host_memory "
+                f"is {format_bytes(self.host_memory_bytes)}, of which {format_bytes(held)} are "
+                f"taken: raise host_memory, or serve fewer models",
+                needed_bytes=size_bytes,
+                available_bytes=self.host_memory_bytes - held,
+            )
 
     def _reserve(self, name: str, size_bytes: int, tag: str) -> ak.Region:
         granularity = self.arena.device.granularity_bytes

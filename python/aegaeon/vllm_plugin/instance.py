@@ -47,6 +47,7 @@ class Instance:
             arena=ak.Arena(device, capacity_bytes=spec.device_memory_bytes),
             prefetcher=ak.Prefetcher(device),
             clock=clock,
+            host_memory_bytes=spec.host_memory_bytes,
             on_activate=self._states.exchange,
         )
         self.metrics = SwitchMetrics(self.switcher)
