@@ -164,6 +164,16 @@ def test_hooks_hear_of_every_switch():
     assert [(record.model, record.evicted) for record in records] == [("a", ()), ("b", ("a",))]
 
 
+def test_the_device_is_quiet_before_memory_changes_hands():
+    switcher, (a, *_) = make_switcher(capacity=WEIGHTS + KV)
+    mapped_then: list[int] = []
+    switcher.quiesce = lambda: mapped_then.append(a.weights.mapped_bytes)
+    switcher.activate("a")
+    switcher.activate("a")
+    switcher.activate("b")
+    assert mapped_then == [0, WEIGHTS]
+
+
 def test_a_model_that_cannot_fit_is_refused_and_nothing_moves():
     switcher, _ = make_switcher(capacity=WEIGHTS + KV - 2 * MIB)
     with pytest.raises(CapacityError, match="needs 4 MiB weights \\+ 2 MiB kv"):

@@ -72,6 +72,7 @@ class Switcher:
     host_memory_bytes: what the host images of all models may take together; None: no limit.
     on_activate: called with (previous or None, next) after each change of the current model, for
     per-model process state (random generators, workspaces).
+    quiesce: called before memory changes hands; returns when the device is done with it.
     on_switch: called with the record of each switch.
     """
 
@@ -80,6 +81,7 @@ class Switcher:
     clock: Clock
     host_memory_bytes: int | None = None
     on_activate: Callable[[str | None, str], None] = lambda previous, current: None
+    quiesce: Callable[[], None] = lambda: None
     on_switch: Callable[[SwitchRecord], None] = lambda record: None
     current: str | None = None
     totals: SwitchTotals = field(default_factory=SwitchTotals)
@@ -199,6 +201,7 @@ class Switcher:
         self._mark({name}, ModelState.LOADING)
         evicted: list[Unit] = []
         try:
+            self.quiesce()
             with self._phase(phases, "save"):
                 bytes_out = self._transfer([unit.start_save for unit in victims])
             with self._phase(phases, "unmap"):

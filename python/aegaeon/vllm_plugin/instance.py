@@ -24,7 +24,6 @@ from aegaeon.core.errors import AegaeonError
 from aegaeon.sched.policies import make_policy
 from aegaeon.sched.step_loop import StepLoop
 from aegaeon.switching.metrics import SwitchMetrics
-from aegaeon.switching.switcher import Switcher
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +33,7 @@ class Instance:
 
     def __init__(self, spec: InstanceSpec) -> None:
         # Imported here and below: vLLM takes seconds, and a stop must work before it is there.
-        from aegaeon.vllm_plugin.seams.process_state import ProcessStates
+        from aegaeon.vllm_plugin.device_memory import make_switcher
 
         host_bytes = spec.device_memory_bytes if spec.device == "host" else None
         device = ak.Device(spec.device, memory_bytes=host_bytes)
@@ -42,13 +41,11 @@ class Instance:
         self._spec = spec
         self._device = device
         self.runtime_dir = spec.runtime_dir
-        self._states = ProcessStates()
-        self.switcher = Switcher(
-            arena=ak.Arena(device, capacity_bytes=spec.device_memory_bytes),
-            prefetcher=ak.Prefetcher(device),
-            clock=clock,
+        self.switcher = make_switcher(
+            device,
+            device_memory_bytes=spec.device_memory_bytes,
             host_memory_bytes=spec.host_memory_bytes,
-            on_activate=self._states.exchange,
+            clock=clock,
         )
         self.metrics = SwitchMetrics(self.switcher)
         self.loop = StepLoop(

@@ -19,12 +19,11 @@ from aegaeon.core.engine import EngineLoad
 from aegaeon.core.errors import AegaeonError
 from aegaeon.sched.scheduler import Policy
 from aegaeon.sched.step_loop import StepLoop
-from aegaeon.switching.switcher import Switcher
+from aegaeon.vllm_plugin.device_memory import make_switcher
 from aegaeon.vllm_plugin.engine_config import engine_config, serve_args
 from aegaeon.vllm_plugin.hosting import hosting
 from aegaeon.vllm_plugin.seams import apply_all
 from aegaeon.vllm_plugin.seams.engine_core import keep_live_blocks
-from aegaeon.vllm_plugin.seams.process_state import ProcessStates
 
 
 @dataclass(frozen=True)
@@ -92,14 +91,9 @@ class OfflinePool:
     ) -> None:
         apply_all()
         clock = clock or MonotonicClock()
-        capacity_bytes = device_memory_bytes // device.granularity_bytes * device.granularity_bytes
         self._device = device
-        self._states = ProcessStates()
-        self.switcher = Switcher(
-            arena=ak.Arena(device, capacity_bytes=capacity_bytes),
-            prefetcher=ak.Prefetcher(device),
-            clock=clock,
-            on_activate=self._states.exchange,
+        self.switcher = make_switcher(
+            device, device_memory_bytes=device_memory_bytes, host_memory_bytes=None, clock=clock
         )
         self.loop = StepLoop(
             policy=policy,
