@@ -71,7 +71,7 @@ def _open_driver(name: str, memory_bytes: int | None, library: str) -> _C.Driver
             memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
         if memory_bytes <= 0:
             raise ValueError(f"memory_bytes={memory_bytes} has to be positive")
-        return _C.make_host_driver(capacity_bytes=memory_bytes)
+        return _C.make_host_driver(capacity_bytes=memory_bytes, move_page_tables=True)
     if kind == "cuda" and (index or "0").isdecimal():
         if memory_bytes is not None:
             raise ValueError("memory_bytes is for the host device; a GPU has what it has")

@@ -35,8 +35,8 @@ class HostImage(_C.HostImage):
         """
         if size_bytes <= 0:
             raise ValueError(f"size_bytes={size_bytes} has to be positive")
-        driver = device._driver if device is not None else _C.make_host_driver(capacity_bytes=0)
-        return cls(driver, size_bytes=size_bytes, name=name or "unnamed")
+        device = device or Device("host")
+        return cls(device._driver, size_bytes=size_bytes, name=name or "unnamed")
 
     def tensor(
         self,

@@ -143,7 +143,8 @@ void bind_driver(py::module_& module) {
       .def_property_readonly("calls", &FaultyDriver::calls)
       .def_property_readonly("live", &FaultyDriver::live);
 
-  module.def("make_host_driver", &make_host_driver, py::kw_only(), py::arg("capacity_bytes"));
+  module.def("make_host_driver", &make_host_driver, py::kw_only(), py::arg("capacity_bytes"),
+             py::arg("move_page_tables"));
   module.def("make_cuda_driver", &make_cuda_driver, py::kw_only(), py::arg("index"),
              py::arg("library"), ReleaseGil());
   module.def("count_cuda_devices", &count_cuda_devices, py::kw_only(), py::arg("library"),

@@ -49,7 +49,7 @@ class Driver {
 
   virtual Result memory_info(MemoryInfo* info) noexcept = 0;
 
-  // Virtual memory. Rules (docs/memory.md): a handle is mapped whole, at offset 0; a mapping has no
+  // Virtual memory. The rules, cuda.h's: a handle is mapped whole, at offset 0; a mapping has no
   // access until mem_set_access; set_access and unmap take runs of whole mappings; address_free
   // takes exactly one reservation, with nothing mapped in it.
   virtual Result mem_create(MemHandle* handle, std::size_t bytes) noexcept = 0;
@@ -87,8 +87,9 @@ class Driver {
   virtual Result event_synchronize(EventId event) noexcept = 0;
 };
 
-// The embedded default: a device of capacity_bytes in this process's own memory.
-std::shared_ptr<Driver> make_host_driver(std::size_t capacity_bytes);
+// The embedded default: a device of capacity_bytes in this process's own memory. Page tables move
+// with the memory where the kernel can do that; move_page_tables = false is for tests of the rest.
+std::shared_ptr<Driver> make_host_driver(std::size_t capacity_bytes, bool move_page_tables);
 
 // CUDA device `index` through the driver library (opened here, never linked). Throws DriverError,
 // with what to do about it, when the library, the device or a needed call is missing.

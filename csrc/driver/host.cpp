@@ -101,8 +101,10 @@ struct Mapped {
 
 class HostDriver final : public Driver {
  public:
-  explicit HostDriver(std::size_t capacity_bytes)
-      : capacity_(capacity_bytes), can_move_(probe_page_table_moves()), process_(getpid()) {}
+  HostDriver(std::size_t capacity_bytes, bool move_page_tables)
+      : capacity_(capacity_bytes),
+        can_move_(move_page_tables && probe_page_table_moves()),
+        process_(getpid()) {}
 
   ~HostDriver() override {
     if (getpid() != process_) {
@@ -491,8 +493,8 @@ class HostDriver final : public Driver {
 
 }  // namespace
 
-std::shared_ptr<Driver> make_host_driver(std::size_t capacity_bytes) {
-  return std::make_shared<HostDriver>(capacity_bytes);
+std::shared_ptr<Driver> make_host_driver(std::size_t capacity_bytes, bool move_page_tables) {
+  return std::make_shared<HostDriver>(capacity_bytes, move_page_tables);
 }
 
 }  // namespace aegaeon

@@ -60,7 +60,7 @@ void act(Region& region, Random& random) {
 void arena_random() {
   for (std::uint32_t seed = 0; seed < 60; ++seed) {
     Random random(seed);
-    auto driver = std::make_shared<FaultyDriver>(make_host_driver(kCapacity * kGranule));
+    auto driver = std::make_shared<FaultyDriver>(make_host_driver(kCapacity * kGranule, true));
     auto arena =
         std::make_shared<Arena>(driver, kCapacity * kGranule, (1 + random.below(4)) * kGranule);
     std::vector<std::shared_ptr<Region>> regions;
@@ -99,7 +99,7 @@ void arena_random() {
 }
 
 void arena_threads() {
-  auto driver = std::make_shared<FaultyDriver>(make_host_driver(kCapacity * kGranule));
+  auto driver = std::make_shared<FaultyDriver>(make_host_driver(kCapacity * kGranule, true));
   auto arena = std::make_shared<Arena>(driver, kCapacity * kGranule, 2 * kGranule);
   std::atomic<int> num_failed = 0;
   std::vector<std::thread> threads;

@@ -17,7 +17,8 @@ struct Mapped {
 
 class Model {
  public:
-  explicit Model(std::uint32_t seed) : random_(seed), driver_(make_host_driver(kCapacity)) {
+  explicit Model(std::uint32_t seed)
+      : random_(seed), driver_(make_host_driver(kCapacity, seed % 4 != 0)) {
     for (auto& range : ranges_) {
       require(driver_->address_reserve(&range, kRange * kGranule, 0) == kSuccess, "reserve works");
     }

@@ -38,7 +38,7 @@ std::optional<Clock::time_point> soon() {
 }  // namespace
 
 void transfers_random() {
-  auto driver = std::make_shared<FaultyDriver>(make_host_driver(8 * kSize));
+  auto driver = std::make_shared<FaultyDriver>(make_host_driver(8 * kSize, true));
   auto arena = std::make_shared<Arena>(driver, 8 * kSize, 4 * kGranule);
   std::atomic<int> num_failed = 0;
   {
@@ -103,7 +103,7 @@ void transfers_random() {
 void faults() {
   for (std::uint32_t seed = 0; seed < 120; ++seed) {
     Random random(seed);
-    auto driver = std::make_shared<FaultyDriver>(make_host_driver(4 * kSize));
+    auto driver = std::make_shared<FaultyDriver>(make_host_driver(4 * kSize, true));
     auto arena = std::make_shared<Arena>(driver, 4 * kSize, 4 * kGranule);
     // One of each per direction: the two are not ordered with each other.
     std::vector<std::shared_ptr<Region>> regions;

@@ -9,26 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from kernel_support import MIB, DeviceBytes, StubCuda, build_stub
+from kernel_support import DEVICES, MIB, DeviceBytes, StubCuda, build_stub, open_device
 
 import aegaeon_kernels as ak
 from aegaeon_kernels.testing import FaultyDevice
-
-DEVICES = ["host", "stub"]
-if "cuda:0" in ak.Device.available():  # elsewhere `pytest -m gpu` selects nothing, and fails
-    DEVICES.append(pytest.param("cuda", marks=pytest.mark.gpu))
 
 
 @pytest.fixture(scope="session")
 def stub_cuda(tmp_path_factory: pytest.TempPathFactory) -> StubCuda:
     return StubCuda(build_stub(tmp_path_factory.mktemp("stub")))
-
-
-def open_device(kind: str, request: pytest.FixtureRequest) -> ak.Device:
-    if kind == "stub":
-        stub: StubCuda = request.getfixturevalue("stub_cuda")
-        return ak.Device("cuda:0", library=stub.path)
-    return ak.Device("cuda:0") if kind == "cuda" else ak.Device("host", memory_bytes=1024 * MIB)
 
 
 @pytest.fixture(params=DEVICES)

@@ -8,15 +8,19 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 
 import aegaeon_kernels as ak
 
 MIB = 1 << 20
 GRANULE = 2 * MIB
+DEVICES: list[Any] = ["host", "stub"]
+if "cuda:0" in ak.Device.available():  # elsewhere `pytest -m gpu` selects nothing, and fails
+    DEVICES.append(pytest.param("cuda", marks=pytest.mark.gpu))
 
 
 class StubCuda:
@@ -55,6 +59,13 @@ def build_stub(folder: Path, *flags: str) -> Path:
     options = ["-std=gnu11", "-O1", "-shared", "-fPIC", "-fvisibility=hidden", "-pthread"]
     subprocess.run([compiler, *options, *flags, source, "-o", library], check=True)
     return library
+
+
+def open_device(kind: str, request: pytest.FixtureRequest) -> ak.Device:
+    if kind == "stub":
+        stub: StubCuda = request.getfixturevalue("stub_cuda")
+        return ak.Device("cuda:0", library=stub.path)
+    return ak.Device("cuda:0") if kind == "cuda" else ak.Device("host", memory_bytes=1024 * MIB)
 
 
 class DeviceBytes:
