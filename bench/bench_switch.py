@@ -36,6 +36,9 @@ from aegaeon.switching.switcher import Switcher, SwitchRecord
 from aegaeon.tiny_model import write_tiny_model
 from aegaeon_kernels.kv_layout import KVLayout, Plane
 
+# On a busy machine the slowest parts, which start vLLM, take minutes.
+pytestmark = pytest.mark.timeout(900)
+
 MIB = 1 << 20
 PHASES = ("save_s", "unmap_s", "map_s", "load_s")
 # Of a KV cache: pages of one block in so many layers, as vLLM lays them out.

@@ -6,7 +6,6 @@ and, with `--keep-results`, as one line in `results/<bench>.jsonl` with what it 
 """
 
 import json
-import os
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -56,6 +55,7 @@ def measured_on() -> dict[str, Any]:
 @pytest.fixture
 def record(request: pytest.FixtureRequest, measured_on: dict[str, Any]) -> Callable[..., None]:
     """record(name, benchmark, **values): one result; `benchmark` may be None."""
+    bystanders = measure.Bystanders()
 
     def keep(name: str, benchmark: Any, **values: Any) -> None:
         values = {
@@ -70,7 +70,7 @@ def record(request: pytest.FixtureRequest, measured_on: dict[str, Any]) -> Calla
                 "result": name,
                 **values,
                 "date": datetime.now(UTC).isoformat(timespec="seconds"),
-                "load_average": round(os.getloadavg()[0], 2),
+                "others_busy_cores": round(bystanders.busy_cores(), 2),
                 **measured_on,
             }
             RESULTS.mkdir(exist_ok=True)

@@ -4,10 +4,13 @@ import os
 import platform
 import statistics
 import subprocess
+import time
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 HERE = Path(__file__).parent
 
@@ -21,6 +24,30 @@ def quantiles(name: str, values: Sequence[float], *, scale: float = 1e3) -> dict
 def paired_ratio(ours: Sequence[float], baseline: Sequence[float]) -> float:
     """Median of the ratios of neighbours: what slows one of a pair down mostly slows both."""
     return statistics.median(a / b for a, b in zip(ours, baseline, strict=True))
+
+
+class Bystanders:
+    """How many cores other processes than this one and its children keep busy from now on."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self._others = _cpu_seconds_of_others()
+
+    def busy_cores(self) -> float:
+        spent = _cpu_seconds_of_others() - self._others
+        return max(0.0, spent) / max(1e-3, time.monotonic() - self._started)
+
+
+def _cpu_seconds_of_others() -> float:
+    everything = psutil.cpu_times()
+    busy = sum(everything) - everything.idle - everything.iowait - everything.guest
+    ours = psutil.Process()
+    ended = ours.cpu_times()
+    spent = ended.user + ended.system + ended.children_user + ended.children_system
+    for child in ours.children(recursive=True):
+        times = child.cpu_times()
+        spent += times.user + times.system
+    return busy - spent
 
 
 def environment() -> dict[str, Any]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import psutil
 import yaml
 
 from aegaeon import checkpoint
@@ -35,8 +36,15 @@ class Server:
     """A running server. Seconds: until it answered, and from the signal to its end."""
 
     address: str
+    pid: int
     start_s: float
     stop_s: float = 0.0
+
+    def cpu_seconds(self) -> float:
+        """Processor time of all its processes so far, without those that have ended."""
+        parent = psutil.Process(self.pid)
+        spent = [process.cpu_times() for process in (parent, *parent.children(recursive=True))]
+        return sum(times.user + times.system for times in spent)
 
 
 def room_for_one(models: Mapping[str, Path]) -> int:
@@ -66,7 +74,7 @@ def aegaeon_server(
     pool_file.write_text(yaml.safe_dump(pool))
     envs.set_vllm_defaults()
     with local_server(pool_file, log=folder / "aegaeon.log") as running:
-        server = Server(running.address, running.start_s)
+        server = Server(running.address, running.process.pid, running.start_s)
         yield server
     server.stop_s = running.stop_s
 
@@ -103,7 +111,7 @@ def vllm_server(
     try:
         address = f"http://127.0.0.1:{port}"
         _wait_until_healthy(address, process, folder / "vllm.log")
-        server = Server(address, time.monotonic() - started)
+        server = Server(address, process.pid, time.monotonic() - started)
         yield server
         stopping = time.monotonic()
         process.send_signal(signal.SIGINT)
