@@ -13,12 +13,12 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import psutil
 import uvicorn
@@ -31,6 +31,7 @@ from aegaeon.core.config import PoolConfig, format_bytes
 from aegaeon.core.control import Channel, InstanceSpec
 from aegaeon.core.errors import AegaeonError, CapacityError, InstanceDied, ModelLoadError
 from aegaeon.core.serving import ServedModel
+from aegaeon.core.threads import in_daemon_thread
 from aegaeon.server.admin import admin_app
 from aegaeon.server.app import Limits, Router
 from aegaeon.server.auth import ApiKeys
@@ -38,9 +39,10 @@ from aegaeon.server.auth import ApiKeys
 if TYPE_CHECKING:
     from aegaeon.vllm_plugin.front import Front
 
+_T = TypeVar("_T")
+
 logger = logging.getLogger(__name__)
 
-_T = TypeVar("_T")
 
 STOP_GRACE_S = 2.0
 ANSWER_TIMEOUT_S = 5.0
@@ -202,6 +204,19 @@ class InstanceProcess:
                 raise ModelLoadError(str(name), str(reason))
         raise self.death()
 
+    async def unless_it_dies(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """The result of `work`, which waits for the instance. Raises InstanceDied if it ends."""
+        task = asyncio.ensure_future(work)
+        death = asyncio.ensure_future(self._died.wait())
+        try:
+            await asyncio.wait({task, death}, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise self.death()
+            return task.result()
+        finally:
+            task.cancel()
+            death.cancel()
+
     async def ask(self, question: str) -> Any:
         """What the instance answers to `question`. Raises InstanceDied when it is gone."""
         number = self._next_question
@@ -262,12 +277,13 @@ async def _run(
     stop = _StopRequest()
     instance.watch()
     # vLLM's imports take seconds; the instance does its own at the same time.
-    front = await _in_daemon_thread(lambda: _make_front(instance.device))
+    front = await in_daemon_thread(lambda: _make_front(instance.device))
     try:
         served = []
         by_name = {model.name: model for model in pool.models}
         while (name := await instance.next_loaded()) is not None:
-            served.append(await front.serve(by_name[name], instance.addresses[name]))
+            serving = front.serve(by_name[name], instance.addresses[name])
+            served.append(await instance.unless_it_dies(serving))
             logger.info("model %s is ready", name)
         router = _router(pool, served, instance)
         public = _Server(_uvicorn_config(router, lifespan="on"))
@@ -369,32 +385,6 @@ def _uvicorn_config(app: Any, *, lifespan: Literal["on", "off"]) -> uvicorn.Conf
         timeout_graceful_shutdown=1,
         server_header=False,
     )
-
-
-async def _in_daemon_thread(function: Callable[[], _T]) -> _T:
-    """Like asyncio.to_thread, but a stop does not wait for the thread."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[_T] = loop.create_future()
-
-    def settle(result: _T | None, error: BaseException | None) -> None:
-        if future.cancelled():
-            return
-        if error is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(cast(_T, result))
-
-    def run() -> None:
-        result, failure = None, None
-        try:
-            result = function()
-        except BaseException as error:
-            failure = error
-        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            loop.call_soon_threadsafe(settle, result, failure)
-
-    threading.Thread(target=run, name="front-import", daemon=True).start()
-    return await future
 
 
 def _listen(host: str, port: int) -> socket.socket:

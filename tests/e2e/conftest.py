@@ -1,43 +1,14 @@
 """Tiny models, plain vLLM's answers to compare with, and programs in processes of their own."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
+from e2e_support import KV_MEMORY, MAX_MODEL_LEN, PROGRAM_TIMEOUT_S, Requests, run_program
 
 from aegaeon.tiny_model import write_tiny_model
 from aegaeon.vllm_plugin.plain import run_alone
-
-PROGRAMS = Path(__file__).parent / "programs"
-MAX_MODEL_LEN = 512
-KV_MEMORY = 16 << 20
-PROGRAM_TIMEOUT_S = 280
-
-Requests = dict[str, list[dict[str, Any]]]
-
-
-def requests_for(names: list[str], *, per_model: int = 5, max_tokens: int = 24) -> Requests:
-    """Greedy and seeded sampling in turn; a shared beginning longer than a KV block of 128."""
-    beginning = "In the old harbour, between the fish market and the customs house, " * 6
-    return {
-        name: [
-            {
-                "prompt": f"{beginning if i % 2 else ''}{name} {i}: " + "tell me more. " * (i + 1),
-                "sampling": {
-                    "max_tokens": max_tokens + i,
-                    "temperature": 0.0 if i % 2 == 0 else 0.9,
-                    "seed": 100 + i,
-                    "ignore_eos": True,
-                },
-            }
-            for i in range(per_model)
-        ]
-        for name in names
-    }
 
 
 @pytest.fixture(scope="session")
@@ -53,18 +24,6 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[
         return {arch: written[arch] for arch in archs}
 
     return get
-
-
-def run_program(name: str, job: dict[str, Any]) -> subprocess.CompletedProcess[str]:
-    """Run tests/e2e/programs/<name>.py with `job` on its standard input, to its end."""
-    return subprocess.run(
-        [sys.executable, str(PROGRAMS / f"{name}.py")],
-        input=json.dumps(job),
-        capture_output=True,
-        text=True,
-        timeout=PROGRAM_TIMEOUT_S,
-        check=False,
-    )
 
 
 @pytest.fixture(scope="session")

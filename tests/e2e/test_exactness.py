@@ -4,31 +4,12 @@ Every test runs real vLLM twice: ours with a switch after every token, and plain
 model alone in a process that knows nothing of us.
 """
 
-from pathlib import Path
-from typing import Any
-
 import pytest
-from conftest import KV_MEMORY, MAX_MODEL_LEN, requests_for
-
-from aegaeon import checkpoint
+from e2e_support import job_for, requests_for
 
 pytestmark = pytest.mark.vllm
 
 ARCHITECTURES = ("llama", "qwen3", "gemma", "qwen3_moe", "gemma3")
-
-
-def job_for(models: dict[str, str], requests: dict[str, Any], **options: Any) -> dict[str, Any]:
-    """Device memory for the largest model and its KV cache, and for nothing beside it."""
-    largest = max(checkpoint.weight_bytes(name, Path(path)) for name, path in models.items())
-    return {
-        "models": models,
-        "requests": requests,
-        "device_memory": -(-(largest + (2 << 20)) // (2 << 20)) * (2 << 20) + KV_MEMORY,
-        "kv_memory": KV_MEMORY,
-        "max_model_len": MAX_MODEL_LEN,
-        "quantum": 1,
-        **options,
-    }
 
 
 @pytest.mark.parametrize("prefix_caching", [True, False], ids=["prefix-cache", "no-prefix-cache"])

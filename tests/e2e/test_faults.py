@@ -1,8 +1,7 @@
 """A driver call fails while real models are switched: no token changes, nothing is lost."""
 
 import pytest
-from conftest import requests_for
-from test_exactness import job_for
+from e2e_support import job_for, requests_for
 
 pytestmark = pytest.mark.vllm
 

@@ -16,8 +16,7 @@ import openai
 import psutil
 import pytest
 import yaml
-from conftest import KV_MEMORY, MAX_MODEL_LEN
-from test_exactness import job_for
+from e2e_support import KV_MEMORY, MAX_MODEL_LEN, job_for
 
 from aegaeon.local_server import LocalServer, local_server
 
@@ -254,6 +253,20 @@ def test_a_killed_launcher_takes_the_instance_with_it(tiny_models, tmp_path, tmp
     process.stdout.close()
     assert children
     wait_until(lambda: not any(child.is_running() for child in children))
+    assert not list(tmpdir_of_servers.glob("aegaeon-*"))
+
+
+def test_when_the_instance_dies_during_the_start_the_server_ends(
+    tiny_models, tmp_path, tmpdir_of_servers
+):
+    process = start(write_pool(tmp_path, tiny_models("llama")))
+    assert process.stdout is not None
+    wait_until(lambda: bool(children_of(process.pid)), timeout_s=20)
+    time.sleep(2.0)
+    for child in children_of(process.pid):
+        child.kill()
+    assert process.wait(timeout=20) == 1
+    process.stdout.close()
     assert not list(tmpdir_of_servers.glob("aegaeon-*"))
 
 

@@ -4,8 +4,7 @@ import json
 import signal
 
 import pytest
-from conftest import run_program
-from test_exactness import job_for
+from e2e_support import job_for, run_program
 
 pytestmark = pytest.mark.vllm
 

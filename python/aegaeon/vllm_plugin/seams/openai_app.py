@@ -1,6 +1,5 @@
 """vLLM's own OpenAI application for one model, attached to an engine core in another process."""
 
-import asyncio
 from argparse import Namespace
 from collections.abc import Mapping
 from types import SimpleNamespace
@@ -13,15 +12,16 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from aegaeon.core.threads import in_daemon_thread
 from aegaeon.vllm_plugin.seam import Seam, Tier, Upstream
 
 
 async def attach(config: VllmConfig, addresses: Mapping[str, str]) -> AsyncLLM:
     """A client of the engine core that connects to `addresses`; returns when it has.
 
-    The constructor waits for the engine core, so it runs in a thread.
+    The constructor waits for the engine core, for ever if that has died: a thread of its own.
     """
-    return await asyncio.to_thread(
+    return await in_daemon_thread(
         lambda: AsyncLLM.from_vllm_config(
             vllm_config=config,
             usage_context=UsageContext.OPENAI_API_SERVER,

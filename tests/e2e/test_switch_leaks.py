@@ -1,8 +1,7 @@
 """A long row of switches leaves the process as it was."""
 
 import pytest
-from conftest import requests_for
-from test_exactness import job_for
+from e2e_support import job_for, requests_for
 
 pytestmark = pytest.mark.vllm
 
