@@ -1,4 +1,4 @@
-"""The helpers for tests tell the truth."""
+"""Comparison and faults on demand: what other tests rest on tells the truth."""
 
 from __future__ import annotations
 
