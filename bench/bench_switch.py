@@ -226,6 +226,42 @@ def test_warm_switch_by_handle_and_chunk_size(handle_mib, chunk_mib, depth, benc
     record(name, benchmark, **figures)
 
 
+@pytest.mark.parametrize("handle_mib", [2, 8, 32])
+def test_unequal_models_that_fill_the_device(handle_mib, benchmark, record):
+    """62 and 64 MiB on a device of 64: their large handles and tails cannot serve each other."""
+    sizes = {"a": 62 * MIB, "b": 64 * MIB}
+    capacity = max(sizes.values())
+    device = ak.Device("host", memory_bytes=capacity)
+    switcher = Switcher(
+        arena=ak.Arena(device, capacity_bytes=capacity, handle_bytes=handle_mib * MIB),
+        prefetcher=ak.Prefetcher(device),
+        clock=MonotonicClock(),
+    )
+    pair = HostedPair(switcher, {}, {}, 0)
+    try:
+        for name, size in sizes.items():
+            image = ak.HostImage.allocate(size, device=device, name=name)
+            bytes_of(image)[:] = np.random.default_rng(size).integers(0, 256, size, dtype=np.uint8)
+            image.seal()
+            pair.weights[name] = image
+            switcher.add_model(name)
+            switcher.add_weights(name, image)
+        for name in (*sizes, *sizes):
+            switcher.activate(name)
+            region = switcher.models[name].units[0].region
+            assert np.array_equal(np.from_dlpack(region), bytes_of(pair.weights[name]))
+        before = switcher.arena.stats().total_converted
+        benchmark.pedantic(pair.switch, rounds=60)
+        converted = switcher.arena.stats().total_converted - before
+    finally:
+        switcher.close()
+    figures = quantiles("switch_ms", pair.seconds)
+    figures["gb_per_s"] = 63 * MIB / statistics.median(pair.seconds) / 1e9
+    figures["faults_per_switch"] = statistics.median(pair.minor_faults)
+    figures["handles_converted_per_switch"] = converted / len(pair.seconds)
+    record(f"62 and 64 MiB on 64 MiB, handles {handle_mib} MiB", benchmark, **figures)
+
+
 def test_hot_switch(benchmark, record):
     """Both models are resident: nothing moves."""
     with hosted_pair(64 * MIB, together=True) as pair:
