@@ -8,6 +8,7 @@ import aegaeon_kernels as ak
 from aegaeon.checkpoint import weight_bytes
 from aegaeon.core import envs
 from aegaeon.core.config import ModelConfig
+from aegaeon.core.errors import ConfigError
 from aegaeon.sched.policies.round_robin import RoundRobin
 
 # Room beside weights and KV for rounding up to whole handles.
@@ -40,6 +41,9 @@ def generate_offline(
     device_memory_bytes: what they share; None: enough for the largest of them, so that they must
     be switched.
     """
+    names = [model.name for model in models]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"two models have one name: {', '.join(names)}; rename a directory")
     needs = [weight_bytes(model.name, Path(model.model)) + model.kv_memory for model in models]
     if device_memory_bytes is None:
         device_memory_bytes = max(needs) + _ROUNDING_BYTES

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -29,7 +29,13 @@ from aegaeon import checkpoint
 from aegaeon.core import envs
 from aegaeon.core.config import PoolConfig, format_bytes
 from aegaeon.core.control import Channel, InstanceSpec
-from aegaeon.core.errors import AegaeonError, CapacityError, InstanceDied, ModelLoadError
+from aegaeon.core.errors import (
+    AegaeonError,
+    CapacityError,
+    ConfigError,
+    InstanceDied,
+    ModelLoadError,
+)
 from aegaeon.core.serving import ServedModel
 from aegaeon.core.threads import in_daemon_thread
 from aegaeon.server.admin import admin_app
@@ -120,14 +126,18 @@ def serve(pool: PoolConfig, *, on_ready: Callable[[str], None] = print) -> None:
     check_pool(pool)
     envs.set_vllm_defaults()
     with ExitStack() as stack:
+        # What can be refused is refused before anything is loaded.
+        keys = pool.server.api_keys_file
+        api_keys = None if keys is None else ApiKeys(Path(keys))
         listener = _listen(pool.server.host, pool.server.port)
         stack.callback(listener.close)
         runtime_dir = Path(tempfile.mkdtemp(prefix="aegaeon-"))
         stack.callback(shutil.rmtree, runtime_dir, ignore_errors=True)
+        admin_listener = stack.enter_context(_unix_listener(_admin_socket_path(pool, runtime_dir)))
         instance = InstanceProcess(pool, runtime_dir)
         stack.callback(instance.stop)
         with suppress(KeyboardInterrupt, asyncio.CancelledError):
-            asyncio.run(_run(pool, instance, runtime_dir, listener, on_ready))
+            asyncio.run(_run(pool, instance, listener, admin_listener, api_keys, on_ready))
 
 
 class InstanceProcess:
@@ -135,6 +145,7 @@ class InstanceProcess:
 
     def __init__(self, pool: PoolConfig, runtime_dir: Path) -> None:
         self.device = resolve_device(pool)
+        self.device_kind = "host" if self.device == "host" else "cuda"
         self.addresses = {
             model.name: {
                 "input_address": f"ipc://{runtime_dir}/{index}.in",
@@ -143,16 +154,18 @@ class InstanceProcess:
             for index, model in enumerate(pool.models)
         }
         ours, theirs = Pipe()
-        self._process = _spawn_instance(theirs)
+        self._process = _spawn_instance(theirs, self.device)
         theirs.close()
         self._channel = Channel(ours)
         self._answers: dict[int, asyncio.Future[Any]] = {}
         self._next_question = 0
         self._loaded: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
         self._died = asyncio.Event()
+        self._failure: AegaeonError | None = None
         self._channel.send(
             InstanceSpec(
-                device=self.device,
+                # The process sees the one GPU that it uses, and so do vLLM and the arena in it.
+                device="host" if self.device == "host" else "cuda:0",
                 device_memory_bytes=resolve_device_memory(pool),
                 host_memory_bytes=pool.host_memory,
                 runtime_dir=str(runtime_dir),
@@ -185,6 +198,9 @@ class InstanceProcess:
                 self._loaded.put_nowait(None)
                 for waiting in self._answers.values():
                     waiting.cancel()
+            case {"event": "load_failed"}:
+                # Kept aside: the start may be waiting for an earlier model, not for this message.
+                self._failure = _load_error(message)
             case {"answer": number, "value": value}:
                 future = self._answers.get(number)
                 if future is not None and not future.done():
@@ -200,8 +216,6 @@ class InstanceProcess:
                 return str(name)
             case {"event": "ready"}:
                 return None
-            case {"event": "load_failed", "model": name, "message": reason}:
-                raise ModelLoadError(str(name), str(reason))
         raise self.death()
 
     async def unless_it_dies(self, work: Coroutine[Any, Any, _T]) -> _T:
@@ -239,7 +253,10 @@ class InstanceProcess:
     async def wait_for_death(self) -> None:
         await self._died.wait()
 
-    def death(self) -> InstanceDied:
+    def death(self) -> AegaeonError:
+        """Why the instance is gone: the model that could not be loaded, or its exit status."""
+        if self._failure is not None:
+            return self._failure
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=1.0)
         return InstanceDied(self.device, self._process.returncode)
@@ -251,17 +268,34 @@ class InstanceProcess:
         try:
             self._process.wait(timeout=STOP_GRACE_S)
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            # The group: vLLM may be inspecting a model in a process of its own.
+            os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
         self._channel.close()
 
 
-def _spawn_instance(theirs: Connection) -> subprocess.Popen[bytes]:
+def _load_error(message: Mapping[str, Any]) -> AegaeonError:
+    """The instance's report of a failed load, as the exception it was over there."""
+    reason = str(message["message"])
+    if message["kind"] == "config":
+        return ConfigError(reason)
+    # Our own messages name the model themselves.
+    return AegaeonError(reason) if message["own"] else ModelLoadError(message["model"], reason)
+
+
+def _spawn_instance(theirs: Connection, device: str) -> subprocess.Popen[bytes]:
+    changes: dict[str, str | None] = {"AEGAEON_ENABLE": "1"}
+    if device != "host":
+        index = int(device.removeprefix("cuda:"))
+        visible = envs.lookup("CUDA_VISIBLE_DEVICES")
+        changes["CUDA_VISIBLE_DEVICES"] = visible.split(",")[index] if visible else str(index)
     return subprocess.Popen(
         [sys.executable, "-m", "aegaeon.vllm_plugin.instance", str(theirs.fileno())],
         pass_fds=[theirs.fileno()],
-        env=envs.child_environment({"AEGAEON_ENABLE": "1"}),
+        env=envs.child_environment(changes),
         stdin=subprocess.DEVNULL,
+        # Standard output is for the launcher's own lines; vLLM logs there.
+        stdout=sys.__stderr__,
         # Ctrl-C in a terminal reaches the launcher alone; it ends the instance.
         process_group=0,
     )
@@ -270,14 +304,15 @@ def _spawn_instance(theirs: Connection) -> subprocess.Popen[bytes]:
 async def _run(
     pool: PoolConfig,
     instance: InstanceProcess,
-    runtime_dir: Path,
     listener: socket.socket,
+    admin_listener: socket.socket,
+    api_keys: ApiKeys | None,
     on_ready: Callable[[str], None],
 ) -> None:
     stop = _StopRequest()
     instance.watch()
     # vLLM's imports take seconds; the instance does its own at the same time.
-    front = await in_daemon_thread(lambda: _make_front(instance.device))
+    front = await in_daemon_thread(lambda: _make_front(instance.device_kind))
     try:
         served = []
         by_name = {model.name: model for model in pool.models}
@@ -285,40 +320,43 @@ async def _run(
             serving = front.serve(by_name[name], instance.addresses[name])
             served.append(await instance.unless_it_dies(serving))
             logger.info("model %s is ready", name)
-        router = _router(pool, served, instance)
+        router = _router(pool, served, instance, api_keys)
         public = _Server(_uvicorn_config(router, lifespan="on"))
         admin = _Server(_uvicorn_config(admin_app(instance.ask), lifespan="off"))
         stop.then(public)
-        with _unix_listener(_admin_socket_path(pool, runtime_dir)) as admin_listener:
-            background = [
-                asyncio.create_task(_end_on_death(instance, front, public)),
-                asyncio.create_task(_announce(public, listener, on_ready)),
-            ]
-            admin_task = asyncio.create_task(admin.serve(sockets=[admin_listener]))
-            try:
-                await public.serve(sockets=[listener])
-            finally:
-                admin.should_exit = True
-                await admin_task
-                for task in background:
-                    task.cancel()
+        background = [
+            asyncio.create_task(_end_on_death(instance, front, public)),
+            asyncio.create_task(_announce(public, listener, on_ready)),
+        ]
+        admin_task = asyncio.create_task(admin.serve(sockets=[admin_listener]))
+        try:
+            await public.serve(sockets=[listener])
+        finally:
+            admin.should_exit = True
+            await admin_task
+            for task in background:
+                task.cancel()
         if not instance.alive():
             raise instance.death()
     finally:
         front.close()
 
 
-def _make_front(device: str) -> "Front":
+def _make_front(device_kind: str) -> "Front":
     from aegaeon.vllm_plugin.front import Front
 
-    return Front(device)
+    return Front(device_kind)
 
 
-def _router(pool: PoolConfig, served: Sequence[ServedModel], instance: InstanceProcess) -> Router:
+def _router(
+    pool: PoolConfig,
+    served: Sequence[ServedModel],
+    instance: InstanceProcess,
+    api_keys: ApiKeys | None,
+) -> Router:
     async def metrics() -> str:
         return generate_latest(REGISTRY).decode() + str(await instance.ask("metrics"))
 
-    keys = pool.server.api_keys_file
     return Router(
         served,
         limits=Limits(
@@ -327,7 +365,7 @@ def _router(pool: PoolConfig, served: Sequence[ServedModel], instance: InstanceP
         ),
         metrics=metrics,
         alive=instance.alive,
-        api_keys=None if keys is None else ApiKeys(Path(keys)),
+        api_keys=api_keys,
     )
 
 
@@ -406,8 +444,13 @@ def _admin_socket_path(pool: PoolConfig, runtime_dir: Path) -> Path:
 
 @contextmanager
 def _unix_listener(path: Path) -> Iterator[socket.socket]:
-    """A listening unix socket that only this user may use; its file goes with it."""
+    """A bound unix socket that only this user may use; its file goes with it.
+
+    The file of a server that was killed is taken over; that of a running one is not.
+    """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        if path.is_socket() and not _is_answered(path):
+            path.unlink()
         mask = os.umask(0o177)
         try:
             listener.bind(str(path))
@@ -421,3 +464,8 @@ def _unix_listener(path: Path) -> Iterator[socket.socket]:
             yield listener
         finally:
             path.unlink(missing_ok=True)
+
+
+def _is_answered(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        return probe.connect_ex(str(path)) == 0

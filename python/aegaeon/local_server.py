@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -75,6 +76,8 @@ def _wait_until_ready(process: subprocess.Popen[str], log: Path) -> str:
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("aegaeon serves "):
+            # Whatever else it prints must not fill the pipe.
+            threading.Thread(target=process.stdout.read, daemon=True).start()
             return line.rsplit(" on ", 1)[1].strip().removesuffix("/v1")
     process.wait()
     tail = log.read_text(errors="replace")[-4000:]

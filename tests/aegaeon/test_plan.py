@@ -20,6 +20,7 @@ def unit(
     cost: int | None = None,
     used: float = 0.0,
     pinned: bool = False,
+    busy: bool = False,
 ) -> UnitView:
     return UnitView(
         model=model,
@@ -30,6 +31,7 @@ def unit(
         move_cost_bytes=(size if cost is None else cost) * MIB,
         last_used=used,
         pinned=pinned,
+        busy=busy,
     )
 
 
@@ -56,6 +58,39 @@ def test_the_cheapest_to_bring_back_goes_first():
 def test_the_least_recently_used_goes_first_at_equal_cost():
     units = [unit("a", used=3.0), unit("b", used=1.0), unit("c", mapped=False)]
     assert plan(units, "c", free=0).evict == (1,)
+
+
+def test_idle_models_go_before_busy_ones():
+    units = [unit("a", cost=0, busy=True), unit("b", cost=20, used=9.0), unit("c", mapped=False)]
+    assert plan(units, "c", free=0).evict == (1,)
+
+
+def test_of_busy_models_the_one_that_had_the_last_turn_goes():
+    """They take turns: it waits longest for its next one."""
+    units = [
+        unit("a", used=1.0, busy=True),
+        unit("b", used=3.0, busy=True),
+        unit("c", used=2.0, busy=True),
+        unit("d", mapped=False, busy=True),
+    ]
+    assert plan(units, "d", free=0).evict == (1,)
+
+
+def test_one_model_too_many_is_not_a_switch_every_turn():
+    """Six busy models, room for five, in turn: a sixth of the turns may keep what is there."""
+    names = "abcdef"
+    resident = set(names[:5])
+    used = dict.fromkeys(names, 0.0)
+    switches = 0
+    for turn in range(600):
+        target = names[turn % 6]
+        units = [unit(name, mapped=name in resident, used=used[name], busy=True) for name in names]
+        result = plan(units, target, free=0)
+        switches += bool(result.bring_in)
+        resident -= {units[index].model for index in result.evict}
+        resident.add(target)
+        used[target] = turn + 1.0
+    assert switches < 150
 
 
 def test_an_early_small_victim_is_spared_when_a_later_one_suffices():

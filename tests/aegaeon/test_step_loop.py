@@ -27,8 +27,12 @@ class CountingEngine:
     arrivals: list[int] = field(default_factory=list)
     error: BaseException | None = None
     executes: bool = True
+    poll_raises: bool = False
+    to_report: bool = False  # a finished request that the next step only reports
 
     def poll(self) -> None:
+        if self.poll_raises:
+            raise AssertionError("the engine is in disorder")
         if self.arrivals:
             self.work += self.arrivals.pop(0)
 
@@ -36,9 +40,13 @@ class CountingEngine:
         return EngineLoad(num_running=min(self.work, 1), num_waiting=0)
 
     def has_work(self) -> bool:
-        return self.work > 0
+        return self.work > 0 or self.to_report
 
     def run_step(self) -> bool:
+        if self.work == 0:
+            self.journal.append(f"{self.name} reports")
+            self.to_report = False
+            return False
         if self.raises_at is not None and self.work == self.raises_at:
             raise RuntimeError("the model broke")
         self.journal.append(self.name)
@@ -117,6 +125,41 @@ def test_an_engine_that_raises_ends_alone():
     assert journal.count("b") == 3
     assert [engine.name for engine in loop.engines] == ["b"]
     assert loop.counters.failed_models == 1
+
+
+def test_an_engine_whose_poll_raises_ends_alone():
+    journal: list[str] = []
+    broken = CountingEngine("a", 3, journal, poll_raises=True)
+    loop, _ = make_loop(2, broken, CountingEngine("b", 3, journal))
+    loop.run_until_idle()
+    assert isinstance(broken.error, AssertionError)
+    assert journal.count("b") == 3
+
+
+def test_an_unexpected_error_of_a_switch_ends_its_model_alone():
+    journal: list[str] = []
+    odd = CountingEngine("a", 1, journal)
+    loop, _ = make_loop(1, odd, CountingEngine("b", 2, journal))
+    activate = loop.residency.activate
+
+    def activate_or_raise(name: str) -> None:
+        if name == "a":
+            raise ValueError("blocks outside the cache")
+        activate(name)
+
+    loop.residency.activate = activate_or_raise
+    loop.run_until_idle()
+    assert isinstance(odd.error, ValueError)
+    assert journal.count("b") == 2
+
+
+def test_the_report_of_a_finished_request_is_no_reason_to_switch():
+    journal: list[str] = []
+    engines = CountingEngine("a", 2, journal), CountingEngine("b", 0, journal, to_report=True)
+    loop, _ = make_loop(8, *engines)
+    loop.run_until_idle()
+    assert journal == ["b reports", "switch to a", "a", "a"]
+    assert (loop.counters.flushes, loop.counters.turns) == (1, 1)
 
 
 def test_a_failed_switch_is_tried_again_later_and_others_go_on():

@@ -47,13 +47,16 @@ def plain_vllm() -> Callable[..., dict[str, list[list[int]]]]:
     known: dict[str, dict[str, list[list[int]]]] = {}
 
     def run(
-        models: dict[str, str], requests: Requests, engine: dict[str, Any] | None = None
+        models: dict[str, str],
+        requests: Requests,
+        engine: dict[str, Any] | None = None,
+        kv_memory: int = KV_MEMORY,
     ) -> dict[str, list[list[int]]]:
         jobs = [
             {
                 "model": path,
                 "max_model_len": MAX_MODEL_LEN,
-                "kv_memory": KV_MEMORY,
+                "kv_memory": kv_memory,
                 "engine": engine or {},
                 "requests": requests[name],
             }

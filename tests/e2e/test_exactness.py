@@ -9,6 +9,9 @@ from e2e_support import job_for, requests_for
 
 pytestmark = pytest.mark.vllm
 
+# Seven blocks beside the null block: not enough for six requests of two or three blocks.
+SMALL_KV = 2 << 20
+FEW_BLOCKS = {"enable_prefix_caching": False, "max_num_batched_tokens": 512}
 ARCHITECTURES = ("llama", "qwen3", "gemma", "qwen3_moe", "gemma3")
 
 
@@ -27,6 +30,29 @@ def test_a_switch_after_every_token_changes_no_token(
     assert answer["hot"] == 0
     assert answer["bytes_out"] > 0
     assert (answer["cached"][1] > 0) is prefix_caching
+
+
+def test_unseeded_sampling_draws_what_the_model_alone_would_draw(tiny_models, program, plain_vllm):
+    """It draws from the process's generators, which are exchanged with the model."""
+    models = tiny_models("llama", "qwen3")
+    requests = requests_for(list(models), per_model=3)
+    for wanted in requests.values():
+        for request in wanted:
+            request["sampling"].update(temperature=0.9, seed=None)
+    answer = program("exact", job_for(models, requests))
+    assert answer["rounds"] == [plain_vllm(models, requests)]
+    assert answer["warm"] > 0.9 * answer["steps"]
+
+
+def test_requests_that_are_preempted_for_want_of_blocks_come_out_the_same(
+    tiny_models, program, plain_vllm
+):
+    models = tiny_models("llama", "qwen3")
+    requests = requests_for(list(models), per_model=6, max_tokens=150)
+    answer = program("exact", job_for(models, requests, kv_memory=SMALL_KV, vllm=FEW_BLOCKS))
+    expected = plain_vllm(models, requests, FEW_BLOCKS, kv_memory=SMALL_KV)
+    assert answer["rounds"] == [expected]
+    assert all(count > 0 for count in answer["preemptions"].values())
 
 
 def test_models_that_fit_together_are_switched_without_a_copy(tiny_models, program, plain_vllm):

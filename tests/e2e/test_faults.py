@@ -19,3 +19,18 @@ def test_a_failing_driver_call_changes_no_token(tiny_models, program, plain_vllm
     assert answer["failed_switches"] == CALLS
     assert answer["failed_models"] == 0
     assert answer["expected"] == plain_vllm(models, requests, engine)
+
+
+def test_a_load_that_fails_at_any_driver_call_leaves_the_pool_as_it_was(
+    tiny_models, program, plain_vllm
+):
+    models = tiny_models("llama", "qwen3")
+    requests = requests_for(list(models), per_model=2, max_tokens=4)
+    engine = {"enable_prefix_caching": False}
+    job = job_for(models, requests, vllm=engine, late="qwen3")
+    answer = program("load_faults", job)
+    assert answer["failures"] > 15
+    assert answer["wrong"] == []
+    # Two of each model, and at most those of one failed attempt.
+    assert answer["reservations"] <= 6
+    assert answer["answers"] == plain_vllm(models, requests, engine)

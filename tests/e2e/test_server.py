@@ -235,7 +235,7 @@ def test_ctrl_c_ends_everything_within_5_s(when, tiny_models, tmp_path, tmpdir_o
         assert process.returncode == 0
         assert children
         wait_until(lambda: not any(child.is_running() for child in children))
-        assert leftovers(tmpdir_of_servers) == before
+        assert leftovers(tmpdir_of_servers) <= before
         assert not (tmp_path / "admin.sock").exists()
     finally:
         process.kill()
@@ -243,14 +243,27 @@ def test_ctrl_c_ends_everything_within_5_s(when, tiny_models, tmp_path, tmpdir_o
         process.wait()
 
 
+ASK_FOR_METRICS = """
+import sys, httpx
+with httpx.Client() as client:
+    while True:
+        client.get(sys.argv[1])
+"""
+
+
 def test_a_killed_launcher_takes_the_instance_with_it(tiny_models, tmp_path, tmpdir_of_servers):
     process = start(write_pool(tmp_path, tiny_models("llama")))
     assert process.stdout is not None
-    process.stdout.readline()
+    address = process.stdout.readline().split()[-1].removesuffix("/v1")
     children = children_of(process.pid)
+    asking = subprocess.Popen(  # so that it is killed with a question open
+        [sys.executable, "-c", ASK_FOR_METRICS, f"{address}/metrics"], stderr=subprocess.DEVNULL
+    )
+    time.sleep(1.0)
     process.kill()
     process.wait()
     process.stdout.close()
+    asking.wait(timeout=10)
     assert children
     wait_until(lambda: not any(child.is_running() for child in children))
     assert not list(tmpdir_of_servers.glob("aegaeon-*"))
@@ -292,14 +305,18 @@ def test_when_the_instance_dies_its_requests_end_and_the_server_says_so(
 # -- pools that cannot be served -----------------------------------------------------------------
 
 
-def refused(pool: Path) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "aegaeon", "serve", str(pool), "--port", "0"],
+def serve_to_the_end(pool: Path, *, port: int = 0) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "aegaeon", "serve", str(pool), "--port", str(port)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
+
+
+def refused(pool: Path) -> str:
+    done = serve_to_the_end(pool)
     assert done.returncode in (1, 2)
     assert "Traceback" not in done.stderr
     return done.stderr
@@ -340,18 +357,58 @@ def test_a_damaged_safetensors_file_is_refused_by_name(damage, tiny_models, tmp_
     assert ("safetensors weights" if damage == "missing" else "model.safetensors") in message
 
 
+@pytest.mark.parametrize(
+    ("option", "status", "says"),
+    [
+        ({"max_num_sq": 4}, 2, "unrecognized arguments: --max-num-sq"),
+        ({"max_num_seq": 4}, 2, "unrecognized arguments: --max-num-seq"),
+        ({"tensor_parallel_size": 2}, 2, "several devices are not hosted yet"),
+        ({"speculative_config.method": "ngram"}, 2, "expected the plain name of an option"),
+        ({"block_size": 1 << 20}, 1, "damaged' cannot be loaded"),
+    ],
+    ids=["unknown", "abbreviated", "refused", "dotted", "impossible"],
+)
+def test_a_model_that_vllm_refuses_is_named_also_when_it_is_not_the_first(
+    option, status, says, tiny_models, tmp_path
+):
+    models = tiny_models("llama", "qwen3")
+    pool = yaml.safe_load(write_pool(tmp_path, models).read_text())
+    pool["models"][1].update(name="damaged", vllm=option)
+    file = tmp_path / "damaged.yaml"
+    file.write_text(yaml.safe_dump(pool))
+    done = serve_to_the_end(file)
+    assert done.returncode == status, done.stderr[-3000:]
+    assert "damaged" in done.stderr
+    assert says in done.stderr
+
+
+def test_the_admin_socket_of_a_killed_server_is_taken_over_and_that_of_a_running_one_is_not(
+    server, tiny_models, tmp_path
+):
+    admin = {"socket": str(server.admin_socket)}
+    message = refused(write_pool(tmp_path, tiny_models("llama"), admin=admin))
+    assert f"cannot create the admin socket {server.admin_socket}" in message
+    assert server.admin("/admin/state")["models"]
+    abandoned = tmp_path / "abandoned.sock"
+    with socket.socket(socket.AF_UNIX) as gone:
+        gone.bind(str(abandoned))
+    process = start(write_pool(tmp_path, tiny_models("llama"), admin={"socket": str(abandoned)}))
+    assert process.stdout is not None
+    try:
+        assert process.stdout.readline().startswith("aegaeon serves")
+    finally:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=10) == 0
+        process.stdout.close()
+    assert not abandoned.exists()
+
+
 def test_a_port_in_use_is_refused_before_anything_is_loaded(tiny_models, tmp_path):
     pool = write_pool(tmp_path, tiny_models("llama"))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        done = subprocess.run(
-            [sys.executable, "-m", "aegaeon", "serve", str(pool), "--port", str(port)],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        done = serve_to_the_end(pool, port=port)
     assert done.returncode == 1
     assert f"cannot listen on 127.0.0.1 port {port}" in done.stderr

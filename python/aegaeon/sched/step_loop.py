@@ -6,7 +6,8 @@ and a residency by their Protocols only, so the tests drive it with arithmetic a
 
 import logging
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from aegaeon.core.clock import Clock
@@ -17,17 +18,21 @@ from aegaeon.sched.scheduler import ModelView, Policy, PoolState, Turn
 logger = logging.getLogger(__name__)
 
 # After a failed switch a model waits, twice as long each time, and is given up after the last.
-RETRY_DELAYS_S = (0.05, 0.1, 0.2, 0.4, 0.8)
+RETRY_DELAYS_S = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4)
 # A step that ran no model although there is work (all blocks taken, a remote transfer pending).
 EMPTY_STEP_DELAY_S = 0.001
 
 
 @dataclass
 class LoopCounters:
-    """What the loop did so far; read by the metrics without a lock (each field is one int)."""
+    """What the loop did so far; read from other threads without a lock (each field is one int).
+
+    flushes: steps that only reported finished requests, for which no model was switched.
+    """
 
     turns: int = 0
     steps: int = 0
+    flushes: int = 0
     failed_switches: int = 0
     failed_models: int = 0
 
@@ -100,13 +105,32 @@ class StepLoop:
         entry = self._entries[turn.model]
         self._last = turn.model
         self.counters.turns += 1
-        if self._activate(entry):
-            self._run_steps(entry, turn)
+        with self._boundary(entry):
+            if self._activate(entry):
+                self._run_steps(entry, turn)
         return True
+
+    def is_busy(self, name: str) -> bool:
+        """Whether `name` has open requests."""
+        entry = self._entries.get(name)
+        return entry is not None and entry.engine.load().num_unfinished > 0
 
     def _poll(self) -> None:
         for entry in list(self._entries.values()):
-            entry.engine.poll()
+            with self._boundary(entry):
+                entry.engine.poll()
+                if entry.engine.has_work() and entry.engine.load().num_unfinished == 0:
+                    # The report of a finished request runs no model: no switch for it.
+                    entry.engine.run_step()
+                    self.counters.flushes += 1
+
+    @contextmanager
+    def _boundary(self, entry: _Entry) -> Iterator[None]:
+        """Between models: what one model's engine raises ends that model only."""
+        try:
+            yield
+        except Exception as error:
+            self._give_up(entry, error)
 
     def _state(self) -> PoolState:
         models = []
@@ -117,7 +141,7 @@ class StepLoop:
                     name=name,
                     num_running=load.num_running,
                     num_waiting=load.num_waiting,
-                    has_work=entry.engine.has_work(),
+                    has_work=load.num_unfinished > 0,
                     resident=self.residency.is_resident(name),
                     blocked_until=entry.blocked_until,
                 )
@@ -145,12 +169,7 @@ class StepLoop:
 
     def _run_steps(self, entry: _Entry, turn: Turn) -> None:
         for _ in range(turn.max_steps):
-            try:
-                executed = entry.engine.run_step()
-            except Exception as error:
-                # The boundary between models: what one model's step raises ends that model only.
-                self._give_up(entry, error)
-                return
+            executed = entry.engine.run_step()
             self.counters.steps += 1
             if not executed and entry.engine.has_work():
                 entry.blocked_until = self.clock.now() + EMPTY_STEP_DELAY_S
@@ -158,7 +177,7 @@ class StepLoop:
             if self._stop:
                 return
             entry.engine.poll()
-            if not entry.engine.has_work():
+            if entry.engine.load().num_unfinished == 0:
                 return
 
     def _give_up(self, entry: _Entry, error: BaseException) -> None:

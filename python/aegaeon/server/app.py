@@ -5,8 +5,10 @@ application. The router answers only what concerns more than one model, and what
 model is known.
 """
 
+import asyncio
 import json
 import logging
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -15,21 +17,41 @@ from typing import Any
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
+from aegaeon.core.errors import AegaeonError
 from aegaeon.core.serving import AsgiApp, ServedModel
 from aegaeon.server.auth import ApiKeys
 from aegaeon.server.errors import error_response
 
 logger = logging.getLogger(__name__)
 
-# Routes that name their model in a JSON body; anything else of the models' applications (control
-# routes, documentation, health) is not reachable through the router.
-_MODEL_ROUTES = ("/v1/", "/v2/")
-_MORE_MODEL_ROUTES = frozenset(
-    {"/tokenize", "/detokenize", "/score", "/rerank", "/pooling", "/classify"}
+# Routes that name their model in a JSON body. No other route of the applications is reachable from
+# outside: control, loading of adapters, documentation, batches that count as one request.
+MODEL_ROUTES = frozenset(
+    {
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/responses",
+        "/v1/messages",
+        "/v1/messages/count_tokens",
+        "/v1/embeddings",
+        "/v1/score",
+        "/v1/rerank",
+        "/v2/embed",
+        "/v2/rerank",
+        "/score",
+        "/rerank",
+        "/classify",
+        "/pooling",
+        "/tokenize",
+        "/detokenize",
+    }
 )
 _OPEN_ROUTES = frozenset({"/health", "/ready"})
 # Deeper nesting than any request needs; json's own limit would come much later.
 _MAX_JSON_DEPTH = 64
+_STRING_OR_BRACKET = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[{\]}]')
+# Parsing more than this is left to a thread, so that the streams of others go on meanwhile.
+_PARSED_AT_ONCE_BYTES = 64 << 10
 
 
 @dataclass(frozen=True)
@@ -93,15 +115,16 @@ class Router:
                 type="authentication_error",
                 code="invalid_api_key",
             )
-        if method == "GET" and path in ("/health", "/ready"):
+        reads = method in ("GET", "HEAD")
+        if reads and path in _OPEN_ROUTES:
             return await self._health()
-        if method == "GET" and path == "/metrics":
-            return PlainTextResponse(await self._metrics())
-        if method == "GET" and path == "/v1/models":
+        if reads and path == "/metrics":
+            return await self._exposition()
+        if reads and path == "/v1/models":
             return JSONResponse({"object": "list", "data": await self._cards()})
-        if method == "GET" and path.startswith("/v1/models/"):
+        if reads and path.startswith("/v1/models/"):
             return await self._card(path.removeprefix("/v1/models/"))
-        if not (path.startswith(_MODEL_ROUTES) or path in _MORE_MODEL_ROUTES):
+        if path not in MODEL_ROUTES:
             return error_response(404, f"there is no route {path}", code="not_found")
         if method != "POST":
             return error_response(
@@ -115,7 +138,10 @@ class Router:
         body = await self._read_body(scope, receive)
         if not isinstance(body, bytes):
             return body
-        name = _model_of(body)
+        if len(body) <= _PARSED_AT_ONCE_BYTES:
+            name = _model_of(body)
+        else:
+            name = await asyncio.to_thread(_model_of, body)
         if isinstance(name, Response):
             return name
         model = self._by_name.get(name)
@@ -165,11 +191,13 @@ class Router:
     # -- all models ------------------------------------------------------------------------
 
     async def _health(self) -> Response:
-        if not self._alive():
-            return error_response(
-                503, "the instance is not running", type="server_error", code="instance_down"
-            )
-        return Response(status_code=200)
+        return Response(status_code=200) if self._alive() else _instance_down()
+
+    async def _exposition(self) -> Response:
+        try:
+            return PlainTextResponse(await self._metrics())
+        except (AegaeonError, TimeoutError):
+            return _instance_down()
 
     async def _cards(self) -> list[dict[str, Any]]:
         return [card for model in self._models for card in await model.cards()]
@@ -191,18 +219,24 @@ class Router:
         )
 
 
+def _instance_down() -> Response:
+    return error_response(
+        503, "the instance is not running", type="server_error", code="instance_down"
+    )
+
+
 def _model_of(body: bytes) -> str | Response:
     """The `model` that a JSON body names, or what is wrong with it."""
+    if _nested_deeper_than(_MAX_JSON_DEPTH, body):
+        return error_response(
+            400, f"the body is nested deeper than {_MAX_JSON_DEPTH} levels", code="invalid_json"
+        )
     try:
         request = json.loads(body)
     except (ValueError, RecursionError) as error:
         return error_response(400, f"the body is not valid JSON: {error}", code="invalid_json")
     if not isinstance(request, Mapping):
         return error_response(400, "the body must be a JSON object", code="invalid_json")
-    if _depth_exceeds(request, _MAX_JSON_DEPTH):
-        return error_response(
-            400, f"the body is nested deeper than {_MAX_JSON_DEPTH} levels", code="invalid_json"
-        )
     name = request.get("model")
     if not isinstance(name, str) or not name:
         return error_response(
@@ -211,18 +245,18 @@ def _model_of(body: bytes) -> str | Response:
     return name
 
 
-def _depth_exceeds(value: Any, limit: int) -> bool:
-    level = [value]
-    for _ in range(limit):
-        level = [
-            child
-            for node in level
-            if isinstance(node, Mapping | list)
-            for child in (node.values() if isinstance(node, Mapping) else node)
-        ]
-        if not level:
-            return False
-    return True
+def _nested_deeper_than(limit: int, body: bytes) -> bool:
+    """Brackets outside of strings, counted before anything is built from them."""
+    depth = 0
+    for token in _STRING_OR_BRACKET.finditer(body):
+        match token[0]:
+            case b"[" | b"{":
+                depth += 1
+                if depth > limit:
+                    return True
+            case b"]" | b"}":
+                depth -= 1
+    return False
 
 
 def _header(scope: Scope, name: bytes) -> str | None:

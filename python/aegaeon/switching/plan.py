@@ -13,7 +13,7 @@ class UnitView:
 
     size_bytes: device memory it takes when mapped.
     move_cost_bytes: bytes to copy if it is evicted now and wanted again.
-    last_used: when its model last ran, on any clock.
+    last_used: when its model last ran, on any clock. busy: whether it has open requests.
     """
 
     model: str
@@ -24,11 +24,16 @@ class UnitView:
     move_cost_bytes: int
     last_used: float
     pinned: bool = False
+    busy: bool = False
 
     @property
-    def eviction_rank(self) -> tuple[float, float]:
-        """Cheapest to bring back per byte it frees first, then least recently used."""
-        return (self.move_cost_bytes / max(1, self.size_bytes), self.last_used)
+    def eviction_rank(self) -> tuple[bool, float, float]:
+        """Idle models first; then what is cheapest to bring back per byte it frees; then, of idle
+        models the least recently used, of busy ones the most recently used: they take turns, and
+        the one that had the last turn waits longest for its next.
+        """
+        cost = self.move_cost_bytes / max(1, self.size_bytes)
+        return (self.busy, cost, -self.last_used if self.busy else self.last_used)
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,16 @@ from aegaeon_kernels.kv_layout import ByteRange, KVLayout, merged_ranges
 
 
 class ModelState(enum.Enum):
-    """COLD: on disk only. HOST: host images are complete. RESIDENT: may be stepped."""
+    """COLD: on disk only. HOST: host images are complete. RESIDENT: may be stepped. FAILED: for
+    good; holds no device memory.
+    """
 
     COLD = "cold"
     HOST = "host"
     LOADING = "loading"
     RESIDENT = "resident"
     EVICTING = "evicting"
+    FAILED = "failed"
 
 
 class Unit:
@@ -113,8 +116,10 @@ class KVUnit(Unit):
         return merged_ranges(self.layouts, self.live_blocks())
 
     def move_cost_bytes(self) -> int:
-        ranges = self._live_ranges() if self.resident else self._saved
-        return 2 * sum(size_bytes for _, size_bytes in ranges)
+        if not self.resident:
+            return 2 * sum(size_bytes for _, size_bytes in self._saved)
+        bytes_per_block = sum(layout.bytes_per_block for layout in self.layouts)
+        return 2 * len(self.live_blocks()) * bytes_per_block
 
     def start_save(self, prefetcher: ak.Prefetcher) -> ak.Ticket | None:
         if not self.resident:
@@ -139,9 +144,12 @@ class ModelMemory:
     units: list[Unit] = field(default_factory=list)
     last_used: float = 0.0
     moving: ModelState | None = None
+    failed: bool = False
 
     @property
     def state(self) -> ModelState:
+        if self.failed:
+            return ModelState.FAILED
         if self.moving is not None:
             return self.moving
         if not self.units:

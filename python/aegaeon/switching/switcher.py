@@ -74,6 +74,8 @@ class Switcher:
     per-model process state (random generators, workspaces).
     quiesce: called before memory changes hands; returns when the device is done with it.
     on_switch: called with the record of each switch.
+    on_remove: called with the name of a model that has been removed.
+    is_busy: whether a model has open requests; idle ones are evicted first.
     """
 
     arena: ak.Arena
@@ -83,6 +85,8 @@ class Switcher:
     on_activate: Callable[[str | None, str], None] = lambda previous, current: None
     quiesce: Callable[[], None] = lambda: None
     on_switch: Callable[[SwitchRecord], None] = lambda record: None
+    on_remove: Callable[[str], None] = lambda name: None
+    is_busy: Callable[[str], bool] = lambda name: False
     current: str | None = None
     totals: SwitchTotals = field(default_factory=SwitchTotals)
     records: deque[SwitchRecord] = field(default_factory=lambda: deque(maxlen=RECORDS_KEPT))
@@ -158,6 +162,19 @@ class Switcher:
         del self._models[name]
         if self.current == name:
             self.current = None
+        self.on_remove(name)
+
+    def abandon(self, name: str) -> None:
+        """Take the device memory of a model that will never run again; its KV is not saved."""
+        memory = self._models[name]
+        memory.failed = True
+        memory.pinned = False
+        for unit in memory.units:
+            try:
+                unit.unmap()
+            except ak.Error as error:
+                # It stays evictable, at no cost: the next switch that needs the room tries again.
+                logger.warning(f"cannot unmap {unit.tag} of {name!r}: {error}")
 
     @property
     def models(self) -> dict[str, ModelMemory]:
@@ -186,7 +203,7 @@ class Switcher:
         if memory.state is ModelState.RESIDENT:
             if self.current != name:
                 self.totals.hot += 1
-                self._become_current(name)
+                self.make_current(name)
                 self._record(SwitchRecord(name, "hot", started, self.clock.now() - started))
             memory.last_used = started
             return
@@ -222,7 +239,7 @@ class Switcher:
         finally:
             self._mark(evicted_models | {name}, None)
         memory.last_used = started
-        self._become_current(name)
+        self.make_current(name)
         self.totals.warm += 1
         self.totals.bytes_in += bytes_in
         self.totals.bytes_out += bytes_out
@@ -244,6 +261,10 @@ class Switcher:
 
     def _plan(self, units: Sequence[tuple[ModelMemory, Unit]], target: str) -> ActivationPlan:
         stats = self.arena.stats()
+        # Quarantined memory is tried again by the next map, which says so when it fails.
+        free_bytes = stats.free_bytes + stats.quarantined_bytes
+        missing = sum(u.size_bytes for m, u in units if m.name == target and not u.mapped_bytes)
+        fits = missing <= free_bytes  # then nobody is evicted, and costs need not be known
         views = [
             UnitView(
                 model=model.name,
@@ -251,7 +272,8 @@ class Switcher:
                 size_bytes=unit.size_bytes,
                 mapped=unit.mapped_bytes > 0,
                 resident=unit.resident,
-                move_cost_bytes=unit.move_cost_bytes(),
+                move_cost_bytes=0 if fits else unit.move_cost_bytes(),
+                busy=not model.failed and self.is_busy(model.name),
                 last_used=model.last_used,
                 pinned=model.pinned,
             )
@@ -260,8 +282,7 @@ class Switcher:
         return plan_activation(
             views,
             target=target,
-            # Quarantined memory is tried again by the next map, which says so when it fails.
-            free_bytes=stats.free_bytes + stats.quarantined_bytes,
+            free_bytes=free_bytes,
             capacity_bytes=stats.capacity_bytes,
         )
 
@@ -269,9 +290,11 @@ class Switcher:
         self.records.append(record)
         self.on_switch(record)
 
-    def _become_current(self, name: str) -> None:
-        previous, self.current = self.current, name
-        self.on_activate(previous, name)
+    def make_current(self, name: str) -> None:
+        """Install the process-wide state of `name`, resident or not: its engine acts next."""
+        if self.current != name:
+            previous, self.current = self.current, name
+            self.on_activate(previous, name)
 
     def _transfer(self, starts: Sequence[Callable[[ak.Prefetcher], ak.Ticket | None]]) -> int:
         """Start all copies, wait for all; returns the bytes moved. On an error none is left."""

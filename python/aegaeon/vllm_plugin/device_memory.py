@@ -21,11 +21,13 @@ def make_switcher(
     is doing before memory changes hands.
     """
     granularity = device.granularity_bytes
+    states = ProcessStates()
     return Switcher(
         arena=ak.Arena(device, capacity_bytes=device_memory_bytes // granularity * granularity),
         prefetcher=ak.Prefetcher(device),
         clock=clock,
         host_memory_bytes=host_memory_bytes,
-        on_activate=ProcessStates().exchange,
+        on_activate=states.exchange,
+        on_remove=states.forget,
         quiesce=torch.cuda.synchronize if device.kind == "cuda" else lambda: None,
     )

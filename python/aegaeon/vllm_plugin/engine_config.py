@@ -29,6 +29,16 @@ REFUSED_OPTIONS: Mapping[str, str] = {
     "kv_transfer_config": "KV connectors are one per process and cannot be switched",
     "enable_sleep_mode": "the arena replaces vLLM's sleep mode",
     "load_format": "weights come from safetensors files only",
+    "kv_offloading_size": "KV connectors are one per process and cannot be switched",
+    "ec_transfer_config": "encoder connectors are one per process and cannot be switched",
+    "lora_modules": "LoRA adapters are not switched yet",
+    "cpu_offload_gb": "the arena decides where weights are",
+    "config": "a pool file names every option itself",
+    "middleware": "no code from outside is loaded",
+    "tool_parser_plugin": "no code from outside is loaded",
+    "reasoning_parser_plugin": "no code from outside is loaded",
+    "logits_processors": "no code from outside is loaded",
+    "io_processor_plugin": "no code from outside is loaded",
 }
 
 
@@ -38,8 +48,11 @@ WORKERS = {
 }
 
 
-def serve_args(model: ModelConfig, *, device: str) -> Namespace:
-    """vLLM's own parsed `vllm serve` arguments for `model` on `device` (host, cuda:N).
+def serve_args(model: ModelConfig, *, device_kind: str) -> Namespace:
+    """vLLM's own parsed `vllm serve` arguments for `model` on a device of `device_kind`.
+
+    device_kind: host or cuda. An option has to be spelled in full: vLLM's parser would also take
+    beginnings of names, and names with dots for parts of an option, past what is refused here.
 
     Raises ConfigError, naming the model, for an option that vLLM does not know or we refuse.
     """
@@ -52,11 +65,16 @@ def serve_args(model: ModelConfig, *, device: str) -> Namespace:
     }
     if model.max_model_len is not None:
         options["max_model_len"] = model.max_model_len
-    if device == "host":
+    if device_kind == "host":
         # Compiling takes longer than everything else on a CPU; a pool may turn it on again.
         options["enforce_eager"] = True
     for key, value in model.vllm.items():
         option = key.replace("-", "_")
+        if not option.isidentifier():
+            raise ConfigError(
+                f"model {model.name!r}: vllm.{key}: expected the plain name of an option; parts of "
+                f"one are given as a mapping"
+            )
         if option in REFUSED_OPTIONS:
             raise ConfigError(f"model {model.name!r}: vllm.{key}: {REFUSED_OPTIONS[option]}")
         options[option] = value
@@ -68,14 +86,14 @@ def serve_args(model: ModelConfig, *, device: str) -> Namespace:
     return namespace
 
 
-def engine_config(namespace: Namespace, *, model: str, device: str) -> VllmConfig:
+def engine_config(namespace: Namespace, *, model: str, device_kind: str) -> VllmConfig:
     """The engine configuration of a hosted model, from its parsed arguments.
 
     Raises ModelLoadError when vLLM refuses the checkpoint or a combination of options.
     """
     engine_args = AsyncEngineArgs.from_cli_args(namespace)
     engine_args.distributed_executor_backend = HostedExecutor
-    engine_args.worker_cls = WORKERS["host" if device == "host" else "cuda"]
+    engine_args.worker_cls = WORKERS[device_kind]
     # A batch in flight would keep a model from being switched away after its step.
     engine_args.async_scheduling = False
     try:
@@ -88,7 +106,7 @@ class _RaisingParser(FlexibleArgumentParser):
     """vLLM's parser, with an exception in place of `sys.exit`."""
 
     def __init__(self, model: str) -> None:
-        super().__init__(add_help=False)
+        super().__init__(add_help=False, allow_abbrev=False)
         self._model = model
 
     def error(self, message: str) -> NoReturn:

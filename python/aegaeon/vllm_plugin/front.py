@@ -7,6 +7,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from aegaeon.core.config import ModelConfig
 from aegaeon.core.serving import ServedModel
+from aegaeon.core.threads import in_daemon_thread
 from aegaeon.vllm_plugin.engine_config import engine_config, serve_args
 from aegaeon.vllm_plugin.seams import apply_all
 from aegaeon.vllm_plugin.seams.openai_app import attach, openai_app, report_death
@@ -15,15 +16,18 @@ from aegaeon.vllm_plugin.seams.openai_app import attach, openai_app, report_deat
 class Front:
     """Clients of the engine cores of one instance, and the applications over them."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device_kind: str) -> None:
         apply_all()
-        self._device = device
+        self._device_kind = device_kind
         self._clients: dict[str, AsyncLLM] = {}
 
     async def serve(self, model: ModelConfig, addresses: Mapping[str, str]) -> ServedModel:
         """Attach to the engine core of `model`, once it is loaded, and build its application."""
-        namespace = serve_args(model, device=self._device)
-        config = engine_config(namespace, model=model.name, device=self._device)
+        namespace = serve_args(model, device_kind=self._device_kind)
+        # Reads files, and inspects the model in a process of its own: not on the event loop.
+        config = await in_daemon_thread(
+            lambda: engine_config(namespace, model=model.name, device_kind=self._device_kind)
+        )
         client = await attach(config, addresses)
         self._clients[model.name] = client
         app = await openai_app(client, namespace)

@@ -23,11 +23,21 @@ _hosting: ContextVar[Hosting | None] = ContextVar("hosting", default=None)
 
 
 @contextmanager
-def hosting(switcher: Switcher, model: str) -> Iterator[None]:
-    """Workers built inside place their model in `switcher`'s arena as `model`."""
+def hosting(switcher: Switcher, model: str, *, pinned: bool = False) -> Iterator[None]:
+    """An engine built inside places its model in `switcher`'s arena as `model`.
+
+    Adds the model to the switcher, and removes it again when the block raises. From the beginning
+    vLLM's process-wide state belongs to the new model: its constructors seed generators and
+    replace workspaces, which must not be taken for those of the model that ran last.
+    """
+    switcher.add_model(model, pinned=pinned)
+    switcher.make_current(model)
     token = _hosting.set(Hosting(switcher, model))
     try:
         yield
+    except BaseException:
+        switcher.remove_model(model)
+        raise
     finally:
         _hosting.reset(token)
 

@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import asdict
 from multiprocessing.connection import Connection
 from typing import Any
@@ -20,7 +21,7 @@ from aegaeon.core import envs
 from aegaeon.core.clock import MonotonicClock
 from aegaeon.core.config import ModelConfig
 from aegaeon.core.control import Channel, InstanceSpec
-from aegaeon.core.errors import AegaeonError
+from aegaeon.core.errors import AegaeonError, ConfigError
 from aegaeon.sched.policies import make_policy
 from aegaeon.sched.step_loop import StepLoop
 from aegaeon.switching.metrics import SwitchMetrics
@@ -47,29 +48,31 @@ class Instance:
             host_memory_bytes=spec.host_memory_bytes,
             clock=clock,
         )
-        self.metrics = SwitchMetrics(self.switcher)
         self.loop = StepLoop(
             policy=make_policy(spec.policy, quantum=spec.quantum),
             residency=self.switcher,
             clock=clock,
             recoverable=(AegaeonError, ak.Error),
         )
+        self.switcher.is_busy = self.loop.is_busy
+        self.metrics = SwitchMetrics(self.switcher)
 
     def add_model(self, model: ModelConfig) -> None:
         """Load one model; requests for it can then be taken in."""
         from aegaeon.vllm_plugin.engine_config import engine_config, serve_args
+        from aegaeon.vllm_plugin.hosting import hosting
         from aegaeon.vllm_plugin.seams.engine_core import HostedEngineCore
 
-        namespace = serve_args(model, device=self._device.kind)
-        config = engine_config(namespace, model=model.name, device=self._device.kind)
-        self.switcher.add_model(model.name, pinned=model.pin)
-        core = HostedEngineCore(
-            model.name,
-            config,
-            addresses=self._spec.addresses[model.name],
-            switcher=self.switcher,
-            wake=self.loop.wake,
-        )
+        namespace = serve_args(model, device_kind=self._device.kind)
+        config = engine_config(namespace, model=model.name, device_kind=self._device.kind)
+        with hosting(self.switcher, model.name, pinned=model.pin):
+            core = HostedEngineCore(
+                model.name,
+                config,
+                addresses=self._spec.addresses[model.name],
+                switcher=self.switcher,
+                wake=self.loop.wake,
+            )
         self.loop.add(core)
 
     def state(self) -> dict[str, Any]:
@@ -109,10 +112,7 @@ class Instance:
                 "bytes_in": totals.bytes_in,
                 "bytes_out": totals.bytes_out,
             },
-            "loop": {
-                "turns": self.loop.counters.turns,
-                "steps": self.loop.counters.steps,
-            },
+            "loop": asdict(self.loop.counters),
         }
 
     def switch_records(self) -> list[dict[str, Any]]:
@@ -120,8 +120,8 @@ class Instance:
         return [asdict(record) for record in list(self.switcher.records)]
 
 
-def run(spec: InstanceSpec, control: Channel) -> None:
-    """Load the pool, report each model, then step until told to stop."""
+def run(spec: InstanceSpec, control: Channel) -> int:
+    """Load the pool, report each model, then step until told to stop. Returns the exit status."""
     from aegaeon.vllm_plugin.seams import apply_all
 
     apply_all()
@@ -134,30 +134,42 @@ def run(spec: InstanceSpec, control: Channel) -> None:
             instance.add_model(model)
         except Exception as error:
             # The boundary of a load: whatever vLLM raises is reported to the launcher as it is.
-            logger.exception("model %s cannot be loaded", model.name)
-            control.send({"event": "load_failed", "model": model.name, "message": str(error)})
-            return
+            logger.debug(f"model {model.name} cannot be loaded", exc_info=True)
+            kind = "config" if isinstance(error, ConfigError) else "load"
+            control.send(
+                {
+                    "event": "load_failed",
+                    "model": model.name,
+                    "kind": kind,
+                    "own": isinstance(error, AegaeonError | ak.Error),
+                    "message": f"{error}" or repr(error),
+                }
+            )
+            return 1
         control.send({"event": "loaded", "model": model.name})
     control.send({"event": "ready"})
     instance.loop.run()
+    return 0
 
 
 def _serve_control(instance: Instance, control: Channel) -> None:
     """Answer the launcher's questions; when it is gone, end the process."""
-    while True:
-        message = control.receive()
-        match message:
-            case None:
-                _end_now(instance.runtime_dir)
-            case {"ask": "stop"}:
+    answers: dict[str, Callable[[], Any]] = {
+        "state": instance.state,
+        "switches": instance.switch_records,
+        "metrics": instance.metrics.exposition,
+    }
+    try:
+        while (message := control.receive()) is not None:
+            if message["ask"] == "stop":
                 instance.loop.stop()
-            case {"ask": question, "id": number}:
-                answers = {
-                    "state": instance.state,
-                    "switches": instance.switch_records,
-                    "metrics": instance.metrics.exposition,
-                }
-                control.send({"answer": number, "value": answers[question]()})
+                continue
+            control.send({"answer": message["id"], "value": answers[message["ask"]]()})
+    except OSError:
+        pass  # it went away between the question and the answer
+    finally:
+        # Also after an answer that raised: without this thread nobody could stop the process.
+        _end_now(instance.runtime_dir)
 
 
 def _end_now(runtime_dir: str) -> None:
@@ -168,19 +180,21 @@ def _end_now(runtime_dir: str) -> None:
 
 
 def main(control_fd: int) -> None:
-    # Ctrl-C reaches the whole terminal; the launcher decides, and tells this process.
+    # Ctrl-C reaches the whole terminal, and a service manager signals the whole group; the launcher
+    # decides, and tells this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logging.basicConfig(level="WARNING", format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("aegaeon").setLevel(envs.log_level())
     control = Channel(Connection(control_fd))
     message = control.receive()
     if message is None:
         return
-    run(InstanceSpec.from_message(message), control)
+    status = run(InstanceSpec.from_message(message), control)
     # vLLM's socket threads are daemons with open sockets; there is nothing left to flush.
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(status)
 
 
 if __name__ == "__main__":

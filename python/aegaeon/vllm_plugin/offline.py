@@ -23,7 +23,7 @@ from aegaeon.vllm_plugin.device_memory import make_switcher
 from aegaeon.vllm_plugin.engine_config import engine_config, serve_args
 from aegaeon.vllm_plugin.hosting import hosting
 from aegaeon.vllm_plugin.seams import apply_all
-from aegaeon.vllm_plugin.seams.engine_core import keep_live_blocks
+from aegaeon.vllm_plugin.seams.engine_core import engine_load, keep_live_blocks
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class OfflineEngine:
         """Requests are added by the caller's thread, between turns."""
 
     def load(self) -> EngineLoad:
-        return EngineLoad(*self.core.scheduler.get_request_counts())
+        return engine_load(self.core.scheduler)
 
     def has_work(self) -> bool:
         return self.error is None and self.engine.has_unfinished_requests()
@@ -101,25 +101,21 @@ class OfflinePool:
             clock=clock,
             recoverable=(AegaeonError, ak.Error),
         )
+        self.switcher.is_busy = self.loop.is_busy
         self.engines: dict[str, OfflineEngine] = {}
         self._next_id = 0
 
     def add_model(self, model: ModelConfig) -> OfflineEngine:
         """Load one more model. Raises ConfigError, ModelLoadError, CapacityError."""
-        namespace = serve_args(model, device=self._device.kind)
-        config = engine_config(namespace, model=model.name, device=self._device.kind)
-        self.switcher.add_model(model.name, pinned=model.pin)
-        try:
-            with hosting(self.switcher, model.name):
-                engine = LLMEngine(
-                    vllm_config=config,
-                    executor_class=Executor.get_class(config),
-                    log_stats=False,
-                    multiprocess_mode=False,
-                )
-        except BaseException:
-            self.switcher.remove_model(model.name)
-            raise
+        namespace = serve_args(model, device_kind=self._device.kind)
+        config = engine_config(namespace, model=model.name, device_kind=self._device.kind)
+        with hosting(self.switcher, model.name, pinned=model.pin):
+            engine = LLMEngine(
+                vllm_config=config,
+                executor_class=Executor.get_class(config),
+                log_stats=False,
+                multiprocess_mode=False,
+            )
         hosted = OfflineEngine(model.name, engine)
         keep_live_blocks(self.switcher, model.name, hosted.core)
         self.engines[model.name] = hosted

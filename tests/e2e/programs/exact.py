@@ -6,6 +6,7 @@ eviction; the negative control of every claim that the images are what is restor
 """
 
 from collections.abc import Callable
+from typing import Any
 
 from common import make_pool, prompts_of, read_job, report, token_ids_by_model
 
@@ -58,11 +59,24 @@ def corrupt(pool: OfflinePool, what: str) -> None:
                 flip_once_after_eviction(unit, lambda u=unit: kv_offset(u))
 
 
+def count_preemptions(scheduler: Any, name: str, counts: dict[str, int]) -> None:
+    preempt = scheduler._preempt_request
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        counts[name] += 1
+        return preempt(*args, **kwargs)
+
+    scheduler._preempt_request = counting
+
+
 def main() -> None:
     job = read_job()
     with make_pool(job) as pool:
         if "corrupt" in job:
             corrupt(pool, job["corrupt"])
+        preemptions = dict.fromkeys(job["models"], 0)
+        for name, engine in pool.engines.items():
+            count_preemptions(engine.core.scheduler, name, preemptions)
         prompts = prompts_of(job)
         rounds, cached = [], []
         for _ in range(job.get("rounds", 1)):
@@ -74,6 +88,7 @@ def main() -> None:
             {
                 "rounds": rounds,
                 "cached": cached,
+                "preemptions": preemptions,
                 "steps": pool.loop.counters.steps,
                 "warm": totals.warm,
                 "hot": totals.hot,

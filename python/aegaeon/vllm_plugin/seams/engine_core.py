@@ -4,7 +4,6 @@ vLLM's sockets and their threads, its scheduler and its request handling are use
 the handshake (our sockets are agreed on beforehand), the busy loop and the shutdown are replaced.
 """
 
-import logging
 import queue
 import threading
 from collections.abc import Iterator, Mapping
@@ -22,11 +21,8 @@ from aegaeon.core.engine import EngineLoad
 from aegaeon.core.errors import AegaeonError
 from aegaeon.switching.residency import KVUnit
 from aegaeon.switching.switcher import Switcher
-from aegaeon.vllm_plugin.hosting import hosting
 from aegaeon.vllm_plugin.seam import Seam, Tier, Upstream
 from aegaeon.vllm_plugin.seams.kv_blocks import live_block_ids
-
-logger = logging.getLogger(__name__)
 
 # Control calls that touch no device memory; any other makes the model resident first.
 _CALLS_WITHOUT_DEVICE = frozenset(
@@ -39,7 +35,7 @@ class HostedEngineCore(EngineCoreProc):
 
     addresses: `input_address` and `output_address`, where the front's client listens.
     wake: set whenever a message has arrived.
-    Loads the model into the switcher's arena; raises what vLLM raises when it cannot.
+    Built inside `hosting`; raises what vLLM raises when it cannot load the model.
     """
 
     def __init__(
@@ -57,11 +53,9 @@ class HostedEngineCore(EngineCoreProc):
         self._agreed_addresses = EngineZmqAddresses(
             inputs=[addresses["input_address"]], outputs=[addresses["output_address"]]
         )
-        self._failed = False
-        with hosting(switcher, name):
-            super().__init__(
-                vllm_config, True, "", Executor.get_class(vllm_config), True, engine_index=0
-            )
+        super().__init__(
+            vllm_config, True, "", Executor.get_class(vllm_config), True, engine_index=0
+        )
         self.process_input_queue_block = False
         keep_live_blocks(switcher, name, self)
 
@@ -75,13 +69,13 @@ class HostedEngineCore(EngineCoreProc):
         self._process_input_queue()
 
     def load(self) -> EngineLoad:
-        return EngineLoad(*self.scheduler.get_request_counts())
+        return engine_load(self.scheduler)
 
     def run_step(self) -> bool:
         return self._process_engine_step()
 
     def fail(self, error: BaseException) -> None:
-        self._failed = True
+        self._switcher.abandon(self._name)
         self._send_engine_dead()
 
     # -- what is replaced of EngineCoreProc ------------------------------------------------
@@ -135,6 +129,13 @@ class _WakingQueue(queue.Queue[Any]):
         self._wake.set()
 
 
+def engine_load(scheduler: Any) -> EngineLoad:
+    """Requests that the scheduler would run; none of those that a pause holds back."""
+    unfinished = scheduler.get_num_unfinished_requests()
+    running = min(scheduler.get_request_counts()[0], unfinished)
+    return EngineLoad(num_running=running, num_waiting=unfinished - running)
+
+
 def keep_live_blocks(switcher: Switcher, name: str, engine_core: Any) -> None:
     """From now on an eviction of `name` copies out the blocks that `engine_core` still needs."""
     for unit in switcher.models[name].units:
@@ -176,6 +177,7 @@ SEAM = Seam(
         Upstream("vllm.v1.engine.core", "EngineCoreProc.process_input_queue_block"),
         Upstream("vllm.v1.engine.core", "EngineCore.shutdown"),
         Upstream("vllm.v1.core.sched.scheduler", "Scheduler.get_request_counts"),
+        Upstream("vllm.v1.core.sched.scheduler", "Scheduler.get_num_unfinished_requests"),
         Upstream("vllm.v1.engine.utils", "EngineZmqAddresses.inputs"),
         Upstream("vllm.v1.executor.uniproc_executor", "UniProcExecutor"),
     ),
