@@ -1,5 +1,6 @@
 """The demo's report: tables and a picture of who held the device, for people."""
 
+import math
 import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -43,7 +44,7 @@ def print_report(report: "DemoReport", console: Console) -> None:
 def quantile(values: Sequence[float], share: float) -> float:
     """The smallest value that at least `share` of `values` do not exceed."""
     ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 
 def _models_table(report: "DemoReport") -> Table:

@@ -107,7 +107,7 @@ class _Strict(BaseModel):
 
 
 class Slo(_Strict):
-    """When a token counts as on time."""
+    """When a token counts as on time. Accepted; round robin does not act on it."""
 
     ttft_ms: Milliseconds = 10_000.0
     """Time to the first token, in milliseconds."""
@@ -122,7 +122,9 @@ class Defaults(_Strict):
     max_model_len: MaxModelLen = None
     """Longest prompt plus answer, in tokens; null: the model's own limit."""
     keep_alive: KeepAlive = 600.0
-    """How long an idle model is kept on the device while nobody else needs the room."""
+    """How long an idle model is kept on the device while nobody else needs the room. Accepted, not
+    acted on yet: a model stays until somebody needs the room.
+    """
     kv_memory: Size = 64 << 20
     """KV cache of one model: the range it may fill when resident."""
 
@@ -141,7 +143,7 @@ class ModelConfig(Defaults):
     pin: bool = False
     """Never leaves the device."""
     priority: int = 0
-    """Lower runs earlier."""
+    """Lower runs earlier. Accepted; round robin does not act on it."""
     vllm: dict[str, Any] = Field(default_factory=dict)
     """Passed to vLLM's engine arguments as it is."""
 

@@ -15,7 +15,6 @@ from typing import NamedTuple
 from .errors import ConfigError
 
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
-REQUIREMENTS = ("gpu", "vllm")
 
 
 class Variable(NamedTuple):
@@ -32,17 +31,7 @@ VARIABLES = (
         "0 or 1",
         "act in this vLLM process; without it the vLLM plugin is loaded but changes nothing",
     ),
-    Variable(
-        "AEGAEON_CACHE_DIR",
-        "a directory",
-        "files that may be deleted at any time (default: aegaeon below the user's cache directory)",
-    ),
     Variable("AEGAEON_LOG_LEVEL", " | ".join(LOG_LEVELS), "least severe message that is printed"),
-    Variable(
-        "AEGAEON_REQUIRE",
-        f"names separated by commas: {', '.join(REQUIREMENTS)}",
-        "in tests: a check that needs one of these and does not find it fails, not skips",
-    ),
 )
 NAMES = tuple(variable.name for variable in VARIABLES)
 
@@ -57,17 +46,6 @@ def enable() -> bool:
     return value == "1"
 
 
-def cache_dir() -> Path:
-    """AEGAEON_CACHE_DIR, else `aegaeon` below XDG_CACHE_HOME, else below `~/.cache`. Not created
-    here.
-    """
-    value = _get("AEGAEON_CACHE_DIR")
-    if value is not None:
-        return Path(value).expanduser().absolute()
-    base = _get("XDG_CACHE_HOME")
-    return (Path(base) if base is not None else Path.home() / ".cache") / "aegaeon"
-
-
 def log_level() -> str:
     """AEGAEON_LOG_LEVEL: one of LOG_LEVELS. Default: INFO."""
     value = _get("AEGAEON_LOG_LEVEL")
@@ -76,17 +54,6 @@ def log_level() -> str:
     if value.upper() not in LOG_LEVELS:
         raise _malformed("AEGAEON_LOG_LEVEL", value)
     return value.upper()
-
-
-def require() -> frozenset[str]:
-    """AEGAEON_REQUIRE: what tests must find. Default: nothing."""
-    value = _get("AEGAEON_REQUIRE")
-    if value is None:
-        return frozenset()
-    names = frozenset(name.strip() for name in value.split(","))
-    if not names <= set(REQUIREMENTS):
-        raise _malformed("AEGAEON_REQUIRE", value)
-    return names
 
 
 def hub_cache_dir() -> Path:

@@ -57,27 +57,11 @@ class CapacityError(AegaeonError):
         return rebuild, (str(self),)
 
 
-class UnknownModel(AegaeonError):
-    """A request names a model that the pool does not serve. Handled by the router: 404 that lists
-    the valid names.
-    """
-
-    def __init__(self, name: str, valid_names: tuple[str, ...]) -> None:
-        super().__init__(
-            f"the model {name!r} does not exist; this server has: {', '.join(valid_names)}"
-        )
-        self.name = name
-        self.valid_names = valid_names
-
-    def __reduce__(self) -> tuple[type[UnknownModel], tuple[str, tuple[str, ...]]]:
-        return type(self), (self.name, self.valid_names)
-
-
 class InstanceDied(AegaeonError):
     """The engine process ended while requests were open.
 
-    Handled by the front, which answers every open request with 503, and by the supervisor, which
-    cleans up after the process and decides about a restart.
+    Handled by the launcher: the front ends every open request with vLLM's own error for a dead
+    engine, then the server ends with status 1, so that a service manager starts it again.
     """
 
     def __init__(self, instance: str, exit_code: int | None) -> None:
