@@ -7,9 +7,8 @@ from aegaeon.core.clock import Clock
 from aegaeon.switching.switcher import Switcher
 from aegaeon.vllm_plugin.seams.process_state import ProcessStates
 
-
-# Up to here the host device uses handles of its granularity: moving one costs it next to nothing, and
-# of large and small ones that models of unequal size need in turn, some are made anew each time
+# Up to here the host device uses handles of its granularity: to move one costs next to nothing. Of
+# large and small ones, which models of unequal size need in turn, some are made anew each time
 # (bench_switch: 6 ms a switch against 12 with 8 MiB handles and 56 with 32 MiB). Above, the number
 # of memory mappings of a process would become the limit.
 SMALL_HANDLES_UP_TO_BYTES = 16 << 30
