@@ -7,6 +7,8 @@ pytestmark = pytest.mark.vllm
 
 WARM_UP, SWITCHES = 100, 1100
 RSS_BYTES_PER_SWITCH = 1024
+# A leaked range or handle has at least 2 MiB; what the C library's heap grows by is far below.
+ADDRESS_SPACE_BYTES_PER_SWITCH = 16 << 10
 
 
 def test_a_thousand_switches_leave_nothing_behind(tiny_models, program):
@@ -18,4 +20,4 @@ def test_a_thousand_switches_leave_nothing_behind(tiny_models, program):
     grown_space = after.pop("address_space") - before.pop("address_space")
     assert after == before
     assert grown / (SWITCHES - WARM_UP) < RSS_BYTES_PER_SWITCH
-    assert grown_space / (SWITCHES - WARM_UP) < RSS_BYTES_PER_SWITCH
+    assert grown_space / (SWITCHES - WARM_UP) < ADDRESS_SPACE_BYTES_PER_SWITCH
