@@ -6,6 +6,7 @@ stable virtual range; units come and go one by one, a model runs when both are r
 """
 
 import enum
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -26,7 +27,7 @@ class ModelState(enum.Enum):
     FAILED = "failed"
 
 
-class Unit:
+class Unit(ABC):
     """A device range and the host image behind it. `resident` only when the bytes are right."""
 
     tag: str
@@ -49,9 +50,9 @@ class Unit:
     def resident(self) -> bool:
         return self._valid
 
+    @abstractmethod
     def move_cost_bytes(self) -> int:
         """Bytes to copy if this unit is evicted now and wanted again."""
-        raise NotImplementedError
 
     def start_save(self, prefetcher: ak.Prefetcher) -> ak.Ticket | None:
         """Begin to copy out what exists only on the device; None when there is nothing."""
@@ -67,9 +68,9 @@ class Unit:
         if not self.region.mapped_bytes:
             self.region.map()
 
+    @abstractmethod
     def start_load(self, prefetcher: ak.Prefetcher) -> ak.Ticket | None:
         """Begin to copy the host image in; None when there is nothing to copy."""
-        raise NotImplementedError
 
     def finish_load(self) -> None:
         """The copy has ended well: the bytes are the model's."""
