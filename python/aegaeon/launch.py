@@ -312,7 +312,8 @@ async def _run(
     stop = _StopRequest()
     instance.watch()
     # vLLM's imports take seconds; the instance does its own at the same time.
-    front = await in_daemon_thread(lambda: _make_front(instance.device_kind))
+    importing = in_daemon_thread(lambda: _make_front(instance.device_kind))
+    front = await instance.unless_it_dies(importing)
     try:
         served = []
         by_name = {model.name: model for model in pool.models}
