@@ -6,6 +6,7 @@ and, with `--keep-results`, as one line in `results/<bench>.jsonl` with what it 
 """
 
 import json
+import signal
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +26,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="append each result of bench/ as a JSON line to bench/results/",
     )
+
+
+def pytest_configure() -> None:
+    """A terminated run ends the servers it has started, like an interrupted one."""
+    signal.signal(signal.SIGTERM, lambda *_: pytest.exit("terminated", returncode=143))
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Module | None:

@@ -118,7 +118,7 @@ def vllm_server(
         process.wait(timeout=STOP_TIMEOUT_S)
         server.stop_s = time.monotonic() - stopping
     finally:
-        with suppress(ProcessLookupError):  # nothing of its session is left
+        with suppress(ProcessLookupError):  # nothing of its process group is left
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
