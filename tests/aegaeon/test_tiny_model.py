@@ -9,11 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 
 from aegaeon.tiny_model import ARCHITECTURES, write_tiny_model
-
-transformers = pytest.importorskip("transformers")
-torch = pytest.importorskip("torch")
 
 PROMPTS = ("Hi there", "Why is the sky blue?", "Write a story about a ship.", "List five colours")
 
@@ -164,7 +163,6 @@ if __name__ == "__main__":
 @pytest.mark.vllm
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_vllm_serves_it(checkpoints: dict[str, Path], tmp_path: Path, arch: str) -> None:
-    pytest.importorskip("vllm")
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     environment = dict(os.environ, HF_HUB_OFFLINE="1", VLLM_ENABLE_V1_MULTIPROCESSING="0")

@@ -44,6 +44,14 @@ def test_unseeded_sampling_draws_what_the_model_alone_would_draw(tiny_models, pr
     assert answer["warm"] > 0.9 * answer["steps"]
 
 
+def test_nan_left_in_kv_memory_by_another_model_changes_no_token(tiny_models, program, plain_vllm):
+    """All-ones bytes are NaN in bf16; gemma3 has layers that vLLM's own CPU runner never zeroes."""
+    models = tiny_models("llama", "gemma3")
+    requests = requests_for(list(models), per_model=3)
+    answer = program("exact", job_for(models, requests, poison=True))
+    assert answer["rounds"] == [plain_vllm(models, requests)]
+
+
 def test_requests_that_are_preempted_for_want_of_blocks_come_out_the_same(
     tiny_models, program, plain_vllm
 ):

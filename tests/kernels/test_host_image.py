@@ -6,6 +6,7 @@ import ctypes
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_support import MIB, pattern
@@ -141,7 +142,6 @@ def test_seal_agrees_with_the_checksum_of_the_bytes() -> None:
 
 
 def test_tensors_over_an_image() -> None:
-    torch = pytest.importorskip("torch")
     image = ak.HostImage.allocate(64)
     image.tensor((4, 4), torch.bfloat16, 32).fill_(1)
     ones = torch.ones(16, dtype=torch.bfloat16)

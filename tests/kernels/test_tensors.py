@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from kernel_support import GRANULE, MIB, StubCuda
 
 import aegaeon_kernels as ak
 from aegaeon_kernels.testing import FaultyDevice
-
-torch = pytest.importorskip("torch")
 
 DTYPES = [
     torch.bfloat16,

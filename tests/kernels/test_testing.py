@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from kernel_support import GRANULE
 
 import aegaeon_kernels as ak
@@ -38,7 +39,6 @@ def test_different_shapes_are_different() -> None:
 
 
 def test_tensors_without_a_numpy_type_are_compared() -> None:
-    torch = pytest.importorskip("torch")
     for dtype in (torch.bfloat16, torch.float8_e4m3fn):
         a = torch.ones(6, dtype=torch.float32).to(dtype)
         assert_bitwise_equal(a, a.clone())
