@@ -5,5 +5,6 @@ PYBIND11_MODULE(_C, module) {
   aegaeon::register_errors();
   aegaeon::bind_driver(module);
   aegaeon::bind_vmm(module);
+  aegaeon::bind_host_image(module);
   aegaeon::bind_transfer(module);
 }
