@@ -19,6 +19,9 @@ from aegaeon_kernels.host_image import HostImage
 
 __all__ = ["DirectionStats", "PrefetchStats", "Prefetcher", "QueueWait", "Ticket", "TicketState"]
 
+# (offset_bytes, size_bytes), or (region_offset_bytes, image_offset_bytes, size_bytes).
+Piece = tuple[int, int] | tuple[int, int, int]
+
 DEFAULT_CHUNK_BYTES = 8 << 20
 DEFAULT_DEPTH = 2
 
@@ -147,12 +150,13 @@ class Prefetcher:
         region: Region,
         *,
         priority: int = 0,
-        order: Iterable[tuple[int, int]] | None = None,
+        order: Iterable[Piece] | None = None,
     ) -> Ticket:
-        """Copy from the image to the region, at the same offsets. Returns at once.
+        """Copy from the image to the region. Returns at once.
 
-        order: (offset_bytes, size_bytes) pieces in the order in which they are needed, without
-               overlap; None: the whole image from the front.
+        order: pieces in the order in which they are needed, each (offset_bytes, size_bytes), at the
+               same offset on both sides, or (region_offset_bytes, image_offset_bytes, size_bytes);
+               they do not overlap where they are written. None: the whole image from the front.
         priority: smaller goes first; equal ones in order of arrival.
         Raises ValueError (pieces outside or overlapping, another device), LifecycleError (the
         region is not mapped there, something is closed).
@@ -165,9 +169,9 @@ class Prefetcher:
         image: HostImage,
         *,
         priority: int = 0,
-        order: Iterable[tuple[int, int]] | None = None,
+        order: Iterable[Piece] | None = None,
     ) -> Ticket:
-        """Copy from the region to the image, at the same offsets; otherwise like load().
+        """Copy from the region to the image; otherwise like load().
 
         Raises LifecycleError too when the image is sealed.
         """
@@ -179,12 +183,9 @@ class Prefetcher:
         image: HostImage,
         region: Region,
         priority: int,
-        order: Iterable[tuple[int, int]] | None,
+        order: Iterable[Piece] | None,
     ) -> Ticket:
-        pieces = None if order is None else [(offset, size) for offset, size in order]
-        for offset, size in pieces or ():
-            if offset < 0 or size < 0:
-                raise ValueError(f"piece ({offset}, {size}) is negative")
+        pieces = None if order is None else [_three_numbers(piece) for piece in order]
         return Ticket(
             self._prefetcher.submit(
                 direction=direction,
@@ -219,6 +220,15 @@ class Prefetcher:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _three_numbers(piece: Piece) -> tuple[int, int, int]:
+    if any(number < 0 for number in piece):
+        raise ValueError(f"piece {piece} is negative")
+    if len(piece) == 3:
+        return piece
+    offset, size = piece
+    return offset, offset, size
 
 
 def _direction_stats(native: _C.DirectionStats) -> DirectionStats:

@@ -35,12 +35,14 @@ bool wait_interruptibly(std::optional<double> timeout_s, Wait wait_until) {
 std::shared_ptr<Ticket> submit(
     Prefetcher& self, Direction direction, std::shared_ptr<HostImage> image,
     std::shared_ptr<Region> region, std::int64_t priority,
-    std::optional<std::vector<std::pair<std::size_t, std::size_t>>> order) {
-  std::optional<std::vector<Range>> pieces;
+    std::optional<std::vector<std::tuple<std::size_t, std::size_t, std::size_t>>> order) {
+  std::optional<std::vector<Piece>> pieces;
   if (order) {
     pieces.emplace();
     pieces->reserve(order->size());
-    for (auto [offset, size] : *order) pieces->push_back({offset, size});
+    for (auto [in_region, in_image, size] : *order) {
+      pieces->push_back({in_region, in_image, size});
+    }
   }
   return self.submit(direction, std::move(image), std::move(region), priority, std::move(pieces));
 }

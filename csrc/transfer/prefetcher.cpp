@@ -19,28 +19,43 @@ std::size_t index_of(Direction direction) {
   return static_cast<std::size_t>(direction);
 }
 
-// Throws unless the pieces are inside both and do not overlap.
-void check_pieces(std::vector<Range> const& pieces, std::size_t image_bytes,
+bool inside(std::size_t offset_bytes, std::size_t size_bytes, std::size_t limit) {
+  return offset_bytes < limit && size_bytes <= limit - offset_bytes;
+}
+
+// Throws unless the pieces are inside both and do not overlap on the side that is written.
+void check_pieces(std::vector<Piece> const& pieces, Direction direction, std::size_t image_bytes,
                   std::size_t region_bytes) {
   if (pieces.empty()) throw std::invalid_argument("order is empty");
-  auto limit = std::min(image_bytes, region_bytes);
+  std::vector<Range> written;
   for (auto const& piece : pieces) {
-    if (piece.size_bytes == 0 || piece.offset_bytes >= limit ||
-        piece.size_bytes > limit - piece.offset_bytes) {
-      throw std::invalid_argument(concat("piece (", piece.offset_bytes, ", ", piece.size_bytes,
-                                         ") is empty or outside the image of ", image_bytes,
-                                         " bytes and the region of ", region_bytes, " bytes"));
+    if (piece.size_bytes == 0 || !inside(piece.image_offset_bytes, piece.size_bytes, image_bytes) ||
+        !inside(piece.region_offset_bytes, piece.size_bytes, region_bytes)) {
+      throw std::invalid_argument(
+          concat("piece of ", piece.size_bytes, " bytes, at ", piece.region_offset_bytes,
+                 " of the region and ", piece.image_offset_bytes,
+                 " of the image, is empty or outside the image of ", image_bytes,
+                 " bytes and the region of ", region_bytes, " bytes"));
     }
+    written.push_back(
+        {direction == Direction::kLoad ? piece.region_offset_bytes : piece.image_offset_bytes,
+         piece.size_bytes});
   }
-  auto sorted = pieces;
-  std::sort(sorted.begin(), sorted.end(),
+  std::sort(written.begin(), written.end(),
             [](Range const& a, Range const& b) { return a.offset_bytes < b.offset_bytes; });
-  for (std::size_t i = 1; i < sorted.size(); ++i) {
-    if (sorted[i - 1].offset_bytes + sorted[i - 1].size_bytes > sorted[i].offset_bytes) {
-      throw std::invalid_argument(concat("pieces at ", sorted[i - 1].offset_bytes, " and ",
-                                         sorted[i].offset_bytes, " overlap"));
+  for (std::size_t i = 1; i < written.size(); ++i) {
+    if (written[i - 1].offset_bytes + written[i - 1].size_bytes > written[i].offset_bytes) {
+      throw std::invalid_argument(concat("pieces at ", written[i - 1].offset_bytes, " and ",
+                                         written[i].offset_bytes, " overlap"));
     }
   }
+}
+
+std::vector<Range> in_region(std::vector<Piece> const& pieces) {
+  std::vector<Range> ranges;
+  ranges.reserve(pieces.size());
+  for (auto const& piece : pieces) ranges.push_back({piece.region_offset_bytes, piece.size_bytes});
+  return ranges;
 }
 
 }  // namespace
@@ -87,17 +102,17 @@ void Prefetcher::require_open() const {
 
 std::shared_ptr<Ticket> Prefetcher::submit(Direction direction, std::shared_ptr<HostImage> image,
                                            std::shared_ptr<Region> region, std::int64_t priority,
-                                           std::optional<std::vector<Range>> order) {
+                                           std::optional<std::vector<Piece>> order) {
   if (region->arena()->driver() != driver_) {
     throw std::invalid_argument(concat("the region is on another device (",
                                        region->arena()->driver()->name(),
                                        ") than the prefetcher's (", driver_->name(), ")"));
   }
-  auto pieces = std::move(order).value_or(std::vector<Range>{{0, image->size_bytes()}});
-  check_pieces(pieces, image->size_bytes(), region->size_bytes());
+  auto pieces = std::move(order).value_or(std::vector<Piece>{{0, 0, image->size_bytes()}});
+  check_pieces(pieces, direction, image->size_bytes(), region->size_bytes());
   TransferHolds holds;
   if (direction == Direction::kStore) holds.writer = image->write();
-  holds.region_use = region->use(pieces);
+  holds.region_use = region->use(in_region(pieces));
   holds.image = std::move(image);
   auto ticket = std::make_shared<Ticket>(queue_, direction, priority, std::move(pieces),
                                          region->address(), std::move(holds));
@@ -199,8 +214,8 @@ bool Prefetcher::submit_chunk(Lock& lock, Direction direction) {
   auto stream = lane.stream->id();
   std::size_t num_copies = 0;
   for (auto const& piece : pieces) {
-    auto* host = ticket->host_ + piece.offset_bytes;
-    auto device = ticket->device_ + piece.offset_bytes;
+    auto* host = ticket->host_ + piece.image_offset_bytes;
+    auto device = ticket->device_ + piece.region_offset_bytes;
     if (direction == Direction::kLoad) {
       chunk.call = "memcpy_h2d_async";
       chunk.result = driver_->memcpy_h2d_async(device, host, piece.size_bytes, stream);

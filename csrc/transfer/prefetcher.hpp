@@ -44,12 +44,12 @@ class Prefetcher {
   Prefetcher(Prefetcher const&) = delete;  // owns a thread
   Prefetcher& operator=(Prefetcher const&) = delete;
 
-  // Queues a transfer of the pieces (none: the whole image), in that order, at the same offsets on
-  // both sides. Throws std::invalid_argument for pieces that are empty, overlap or lie outside, and
-  // LifecycleError where the region is not mapped.
+  // Queues a transfer of the pieces (none: the whole image, at the same offsets), in that order.
+  // Throws std::invalid_argument for pieces that are empty, lie outside or overlap where they are
+  // written, and LifecycleError where the region is not mapped.
   std::shared_ptr<Ticket> submit(Direction direction, std::shared_ptr<HostImage> image,
                                  std::shared_ptr<Region> region, std::int64_t priority,
-                                 std::optional<std::vector<Range>> order);
+                                 std::optional<std::vector<Piece>> order);
   [[nodiscard]] DirectionStats stats(Direction direction) const;
   // Cancels what is queued, waits for what is in flight, joins the thread. On DriverError it may be
   // called again.

@@ -8,16 +8,16 @@
 namespace aegaeon {
 namespace {
 
-std::size_t sum_bytes(std::vector<Range> const& pieces) {
+std::size_t sum_bytes(std::vector<Piece> const& pieces) {
   return std::accumulate(
       pieces.begin(), pieces.end(), std::size_t{0},
-      [](std::size_t sum, Range const& piece) { return sum + piece.size_bytes; });
+      [](std::size_t sum, Piece const& piece) { return sum + piece.size_bytes; });
 }
 
 }  // namespace
 
 Ticket::Ticket(std::shared_ptr<TransferQueue> queue, Direction direction, std::int64_t priority,
-               std::vector<Range> pieces, Address device, TransferHolds holds)
+               std::vector<Piece> pieces, Address device, TransferHolds holds)
     : queue_(std::move(queue)),
       direction_(direction),
       priority_(priority),
@@ -74,18 +74,22 @@ void Ticket::check() const {
 }
 
 // A chunk is a batch of consecutive pieces, so that many small pieces cost one event and one
-// hand-over between threads; pieces that touch become one copy.
-std::vector<Range> Ticket::next_chunk(std::size_t chunk_bytes) {
-  std::vector<Range> chunk;
+// hand-over between threads; pieces that touch on both sides become one
+// copy.
+std::vector<Piece> Ticket::next_chunk(std::size_t chunk_bytes) {
+  std::vector<Piece> chunk;
   std::size_t room = chunk_bytes;
   while (room > 0 && !all_submitted()) {
     auto const& piece = pieces_[next_piece_];
-    auto offset = piece.offset_bytes + next_offset_;
+    auto in_region = piece.region_offset_bytes + next_offset_;
+    auto in_image = piece.image_offset_bytes + next_offset_;
     auto bytes = std::min(room, piece.size_bytes - next_offset_);
-    if (!chunk.empty() && chunk.back().offset_bytes + chunk.back().size_bytes == offset) {
-      chunk.back().size_bytes += bytes;
+    auto* last = chunk.empty() ? nullptr : &chunk.back();
+    if (last != nullptr && last->region_offset_bytes + last->size_bytes == in_region &&
+        last->image_offset_bytes + last->size_bytes == in_image) {
+      last->size_bytes += bytes;
     } else {
-      chunk.push_back({offset, bytes});
+      chunk.push_back({in_region, in_image, bytes});
     }
     room -= bytes;
     next_offset_ += bytes;

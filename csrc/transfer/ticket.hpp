@@ -31,6 +31,13 @@ enum class TicketState { kQueued, kRunning, kDraining, kDone, kCancelled, kFaile
 
 class Ticket;
 
+// One run of bytes of a transfer: where it lies in the region and where in the image.
+struct Piece {
+  std::size_t region_offset_bytes = 0;
+  std::size_t image_offset_bytes = 0;
+  std::size_t size_bytes = 0;
+};
+
 struct TransferQueue {
   // Smaller priority values go first, equal ones in order of arrival.
   using Order = std::map<std::pair<std::int64_t, std::uint64_t>, std::shared_ptr<Ticket>>;
@@ -52,7 +59,7 @@ struct TransferHolds {
 class Ticket {
  public:
   Ticket(std::shared_ptr<TransferQueue> queue, Direction direction, std::int64_t priority,
-         std::vector<Range> pieces, Address device, TransferHolds holds);
+         std::vector<Piece> pieces, Address device, TransferHolds holds);
 
   [[nodiscard]] std::size_t total_bytes() const noexcept { return total_bytes_; }
   // The first so many bytes of the order given have arrived. Takes no lock.
@@ -73,14 +80,14 @@ class Ticket {
 
   // All private members: the queue's mutex is held.
   [[nodiscard]] bool all_submitted() const noexcept { return next_piece_ == pieces_.size(); }
-  std::vector<Range> next_chunk(std::size_t chunk_bytes);
+  std::vector<Piece> next_chunk(std::size_t chunk_bytes);
   void end(TicketState state);
 
   std::shared_ptr<TransferQueue> const queue_;
   Direction const direction_;
   std::int64_t const priority_;
   std::uint64_t arrival_ = 0;
-  std::vector<Range> const pieces_;
+  std::vector<Piece> const pieces_;
   Address const device_;
   std::byte* const host_;
   std::size_t const total_bytes_;

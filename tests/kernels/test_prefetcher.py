@@ -82,6 +82,44 @@ def test_a_store_brings_the_region_bit_for_bit(setup: Setup, device_bytes: Devic
     device_bytes.close()
 
 
+def test_pieces_may_lie_elsewhere_in_the_image_than_in_the_region(
+    setup: Setup, device_bytes: DeviceBytes
+) -> None:
+    device_bytes.fill(setup.region.address, 170, SIZE)
+    # The second touches the first in the region only, the third on both sides.
+    order = [
+        (500, 8 * CHUNK, 1000),
+        (1500, 77, 4096),
+        (5596, 4173, 2 * CHUNK),
+        (0, 8 * CHUNK, 3),
+    ]
+    expected = np.full(SIZE, 170, np.uint8)
+    for in_region, in_image, size in order:
+        expected[in_region : in_region + size] = setup.data[in_image : in_image + size]
+    setup.load(order=order).wait(SOON)
+    assert_bitwise_equal(device_bytes.read(setup.region.address, SIZE), expected)
+
+    image = setup.new_image(np.zeros(SIZE, np.uint8))
+    setup.prefetcher.store(setup.region, image, order=order[:3]).wait(SOON)
+    back = np.frombuffer(image, np.uint8)
+    for in_region, in_image, size in order[:3]:
+        assert_bitwise_equal(
+            back[in_image : in_image + size], expected[in_region : in_region + size]
+        )
+    device_bytes.close()
+
+
+def test_pieces_may_overlap_only_where_they_are_read(setup: Setup) -> None:
+    twice_read = [(0, 0, 100), (100, 50, 100)]
+    setup.load(order=twice_read).wait(SOON)
+    with pytest.raises(ValueError, match="overlap"):
+        setup.prefetcher.store(setup.region, setup.image, order=twice_read)
+    twice_written = [(0, 0, 100), (50, 100, 100)]
+    with pytest.raises(ValueError, match="overlap"):
+        setup.load(order=twice_written)
+    setup.prefetcher.store(setup.region, setup.image, order=twice_written).wait(SOON)
+
+
 @pytest.mark.parametrize("size", [1, 4095, CHUNK - 1, CHUNK + 1, 3 * CHUNK + 12345])
 def test_odd_sizes_and_offsets(setup: Setup, device_bytes: DeviceBytes, size: int) -> None:
     offset = 777
@@ -298,10 +336,14 @@ def test_a_ticket_keeps_image_and_region(device: FaultyDevice) -> None:
         ([(0, 100), (99, 1)], "overlap"),
         ([(50, 10), (0, 100)], "overlap"),
         ([(0, 1 << 63)], "outside"),
+        ([(0, SIZE, 1)], "outside"),
+        ([(SIZE, 0, 1)], "outside"),
+        ([(0, 1 << 63, 1 << 63)], "outside"),
+        ([(0, -1, 1)], "negative"),
     ],
 )
 def test_bad_orders_are_the_callers_mistake(
-    setup: Setup, order: list[tuple[int, int]], message: str
+    setup: Setup, order: list[tuple[int, ...]], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         setup.load(order=order)
