@@ -55,6 +55,15 @@ class FaultyDevice(Device):
         finally:
             self._faulty.release()
 
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        """Inside the block, every stream says that it is being captured into a graph."""
+        self._faulty.set_capturing(True)
+        try:
+            yield
+        finally:
+            self._faulty.set_capturing(False)
+
     @property
     def copies(self) -> list[tuple[str, int, int]]:
         """Copies between host and device since the last reset(), in order of submission.
@@ -76,6 +85,7 @@ class FaultyDevice(Device):
     def live(self) -> dict[str, int]:
         """Objects that exist through this wrapper, by kind; kinds with none are left out.
 
-        Kinds: handles, reservations, mappings, streams, events, host_allocations.
+        Kinds: handles, reservations, mappings, streams, events, host_allocations,
+        registrations (of host memory).
         """
         return {kind: count for kind, count in self._faulty.live.items() if count}

@@ -18,12 +18,12 @@ void bind_raw_calls(Class& driver) {
   driver
       .def(
           "mem_create",
-          [](Driver& self, std::size_t bytes) {
+          [](Driver& self, std::size_t bytes, bool exportable) {
             MemHandle handle = 0;
-            auto result = self.mem_create(&handle, bytes);
+            auto result = self.mem_create(&handle, bytes, exportable);
             return std::pair{result, handle};
           },
-          py::arg("bytes"), ReleaseGil())
+          py::arg("bytes"), py::kw_only(), py::arg("exportable") = false, ReleaseGil())
       .def("mem_release", &Driver::mem_release, py::arg("handle"), ReleaseGil())
       .def(
           "address_reserve",
@@ -41,6 +41,22 @@ void bind_raw_calls(Class& driver) {
            py::arg("access"), ReleaseGil())
       .def("mem_unmap", &Driver::mem_unmap, py::arg("address"), py::arg("bytes"), ReleaseGil())
       .def(
+          "mem_export",
+          [](Driver& self, MemHandle handle) {
+            int fd = -1;
+            auto result = self.mem_export(&fd, handle);
+            return std::pair{result, fd};
+          },
+          py::arg("handle"), ReleaseGil())
+      .def(
+          "mem_import",
+          [](Driver& self, int fd, std::size_t bytes) {
+            MemHandle handle = 0;
+            auto result = self.mem_import(&handle, fd, bytes);
+            return std::pair{result, handle};
+          },
+          py::arg("fd"), py::arg("bytes"), ReleaseGil())
+      .def(
           "host_alloc",
           [](Driver& self, std::size_t bytes) {
             void* memory = nullptr;
@@ -50,6 +66,24 @@ void bind_raw_calls(Class& driver) {
           py::arg("bytes"), ReleaseGil())
       .def(
           "host_free", [](Driver& self, Address memory) { return self.host_free(pointer(memory)); },
+          py::arg("memory"), ReleaseGil())
+      .def(
+          "host_alloc_numa",
+          [](Driver& self, std::size_t bytes) {
+            void* memory = nullptr;
+            auto result = self.host_alloc_numa(&memory, bytes);
+            return std::pair{result, reinterpret_cast<Address>(memory)};
+          },
+          py::arg("bytes"), ReleaseGil())
+      .def(
+          "host_register",
+          [](Driver& self, Address memory, std::size_t bytes) {
+            return self.host_register(pointer(memory), bytes);
+          },
+          py::arg("memory"), py::arg("bytes"), ReleaseGil())
+      .def(
+          "host_unregister",
+          [](Driver& self, Address memory) { return self.host_unregister(pointer(memory)); },
           py::arg("memory"), ReleaseGil())
       .def(
           "stream_create",
@@ -63,6 +97,14 @@ void bind_raw_calls(Class& driver) {
       .def("stream_synchronize", &Driver::stream_synchronize, py::arg("stream"), ReleaseGil())
       .def("stream_wait_event", &Driver::stream_wait_event, py::arg("stream"), py::arg("event"),
            ReleaseGil())
+      .def(
+          "stream_is_capturing",
+          [](Driver& self, StreamId stream) {
+            bool capturing = false;
+            auto result = self.stream_is_capturing(&capturing, stream);
+            return std::pair{result, capturing};
+          },
+          py::arg("stream"), ReleaseGil())
       .def(
           "memcpy_h2d_async",
           [](Driver& self, Address destination, Address source, std::size_t bytes,
@@ -131,6 +173,7 @@ void bind_driver(py::module_& module) {
            py::arg("code"), py::arg("persistent"), ReleaseGil())
       .def("hold", &FaultyDriver::hold, py::arg("call"), ReleaseGil())
       .def("release", &FaultyDriver::release, ReleaseGil())
+      .def("set_capturing", &FaultyDriver::set_capturing, py::arg("capturing"), ReleaseGil())
       .def_property_readonly("copies",
                              [](FaultyDriver const& self) {
                                std::vector<std::tuple<std::string, Address, std::size_t>> copies;

@@ -23,6 +23,8 @@ inline constexpr Result kNotInitialized = 3;
 inline constexpr Result kNoDevice = 100;
 inline constexpr Result kInvalidHandle = 400;
 inline constexpr Result kNotReady = 600;
+inline constexpr Result kHostMemoryAlreadyRegistered = 712;
+inline constexpr Result kHostMemoryNotRegistered = 713;
 inline constexpr Result kNotSupported = 801;
 
 enum class Access { kNone, kRead, kReadWrite };
@@ -52,7 +54,8 @@ class Driver {
   // Virtual memory. The rules, cuda.h's: a handle is mapped whole, at offset 0; a mapping has no
   // access until mem_set_access; set_access and unmap take runs of whole mappings; address_free
   // takes exactly one reservation, with nothing mapped in it.
-  virtual Result mem_create(MemHandle* handle, std::size_t bytes) noexcept = 0;
+  // exportable: other processes may share it, by mem_export.
+  virtual Result mem_create(MemHandle* handle, std::size_t bytes, bool exportable) noexcept = 0;
   virtual Result mem_release(MemHandle handle) noexcept = 0;
   virtual Result address_reserve(Address* address, std::size_t bytes,
                                  std::size_t alignment) noexcept = 0;
@@ -62,14 +65,30 @@ class Driver {
   virtual Result mem_set_access(Address address, std::size_t bytes, Access access) noexcept = 0;
   virtual Result mem_unmap(Address address, std::size_t bytes) noexcept = 0;
 
+  // A new descriptor of an exportable handle (close-on-exec); the caller closes it.
+  virtual Result mem_export(int* fd, MemHandle handle) noexcept = 0;
+  // A handle of its own for memory of that size that another process exported, which counts as the
+  // memory of that process; the descriptor stays the caller's. Released like any other handle, and
+  // not exported again.
+  virtual Result mem_import(MemHandle* handle, int fd, std::size_t bytes) noexcept = 0;
+
   // Host memory the device can read and write by DMA, page-locked where that means something.
   virtual Result host_alloc(void** memory, std::size_t bytes) noexcept = 0;
   virtual Result host_free(void* memory) noexcept = 0;
+  // The same near the device, by the virtual memory calls; kNotSupported where the driver cannot.
+  // Freed by host_free.
+  virtual Result host_alloc_numa(void** memory, std::size_t bytes) noexcept = 0;
+  // Page-locks memory that exists, from a page boundary on, for all contexts of the process. No
+  // part of it may be registered already. The host driver only keeps the books.
+  virtual Result host_register(void* memory, std::size_t bytes) noexcept = 0;
+  virtual Result host_unregister(void* memory) noexcept = 0;
 
   virtual Result stream_create(StreamId* stream) noexcept = 0;
   virtual Result stream_destroy(StreamId stream) noexcept = 0;
   virtual Result stream_synchronize(StreamId stream) noexcept = 0;
   virtual Result stream_wait_event(StreamId stream, EventId event) noexcept = 0;
+  // Whether the stream is being captured into a graph: then we may neither wait for it nor record.
+  virtual Result stream_is_capturing(bool* capturing, StreamId stream) noexcept = 0;
 
   virtual Result memcpy_h2d_async(Address destination, void const* source, std::size_t bytes,
                                   StreamId stream) noexcept = 0;

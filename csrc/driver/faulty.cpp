@@ -25,6 +25,11 @@ void FaultyDriver::release() {
   released_.notify_all();
 }
 
+void FaultyDriver::set_capturing(bool capturing) {
+  std::lock_guard lock(mutex_);
+  capturing_ = capturing;
+}
+
 std::vector<FaultyDriver::Copy> FaultyDriver::copies() const {
   std::lock_guard lock(mutex_);
   return copies_;
@@ -78,8 +83,8 @@ Result FaultyDriver::memory_info(MemoryInfo* info) noexcept {
   return pass("memory_info", [&] { return inner_->memory_info(info); });
 }
 
-Result FaultyDriver::mem_create(MemHandle* handle, std::size_t bytes) noexcept {
-  Result result = pass("mem_create", [&] { return inner_->mem_create(handle, bytes); });
+Result FaultyDriver::mem_create(MemHandle* handle, std::size_t bytes, bool exportable) noexcept {
+  Result result = pass("mem_create", [&] { return inner_->mem_create(handle, bytes, exportable); });
   if (result == kSuccess) count("handles", 1);
   return result;
 }
@@ -131,6 +136,16 @@ Result FaultyDriver::mem_unmap(Address address, std::size_t bytes) noexcept {
   return result;
 }
 
+Result FaultyDriver::mem_export(int* fd, MemHandle handle) noexcept {
+  return pass("mem_export", [&] { return inner_->mem_export(fd, handle); });
+}
+
+Result FaultyDriver::mem_import(MemHandle* handle, int fd, std::size_t bytes) noexcept {
+  Result result = pass("mem_import", [&] { return inner_->mem_import(handle, fd, bytes); });
+  if (result == kSuccess) count("handles", 1);
+  return result;
+}
+
 Result FaultyDriver::host_alloc(void** memory, std::size_t bytes) noexcept {
   Result result = pass("host_alloc", [&] { return inner_->host_alloc(memory, bytes); });
   if (result == kSuccess) count("host_allocations", 1);
@@ -140,6 +155,24 @@ Result FaultyDriver::host_alloc(void** memory, std::size_t bytes) noexcept {
 Result FaultyDriver::host_free(void* memory) noexcept {
   Result result = pass("host_free", [&] { return inner_->host_free(memory); });
   if (result == kSuccess) count("host_allocations", -1);
+  return result;
+}
+
+Result FaultyDriver::host_alloc_numa(void** memory, std::size_t bytes) noexcept {
+  Result result = pass("host_alloc_numa", [&] { return inner_->host_alloc_numa(memory, bytes); });
+  if (result == kSuccess) count("host_allocations", 1);
+  return result;
+}
+
+Result FaultyDriver::host_register(void* memory, std::size_t bytes) noexcept {
+  Result result = pass("host_register", [&] { return inner_->host_register(memory, bytes); });
+  if (result == kSuccess) count("registrations", 1);
+  return result;
+}
+
+Result FaultyDriver::host_unregister(void* memory) noexcept {
+  Result result = pass("host_unregister", [&] { return inner_->host_unregister(memory); });
+  if (result == kSuccess) count("registrations", -1);
   return result;
 }
 
@@ -161,6 +194,14 @@ Result FaultyDriver::stream_synchronize(StreamId stream) noexcept {
 
 Result FaultyDriver::stream_wait_event(StreamId stream, EventId event) noexcept {
   return pass("stream_wait_event", [&] { return inner_->stream_wait_event(stream, event); });
+}
+
+Result FaultyDriver::stream_is_capturing(bool* capturing, StreamId stream) noexcept {
+  Result result =
+      pass("stream_is_capturing", [&] { return inner_->stream_is_capturing(capturing, stream); });
+  std::lock_guard lock(mutex_);
+  if (result == kSuccess && capturing_) *capturing = true;
+  return result;
 }
 
 Result FaultyDriver::memcpy_h2d_async(Address destination, void const* source, std::size_t bytes,

@@ -25,6 +25,8 @@ class FaultyDriver final : public Driver {
   // Calls of that name wait inside the driver until release().
   void hold(std::string call);
   void release();
+  // While set, every stream says that it is being captured into a graph.
+  void set_capturing(bool capturing);
   struct Copy {
     std::string call;
     Address device_address;
@@ -44,7 +46,7 @@ class FaultyDriver final : public Driver {
   std::string describe(Result code) const override { return inner_->describe(code); }
 
   Result memory_info(MemoryInfo* info) noexcept override;
-  Result mem_create(MemHandle* handle, std::size_t bytes) noexcept override;
+  Result mem_create(MemHandle* handle, std::size_t bytes, bool exportable) noexcept override;
   Result mem_release(MemHandle handle) noexcept override;
   Result address_reserve(Address* address, std::size_t bytes,
                          std::size_t alignment) noexcept override;
@@ -53,12 +55,18 @@ class FaultyDriver final : public Driver {
                  MemHandle handle) noexcept override;
   Result mem_set_access(Address address, std::size_t bytes, Access access) noexcept override;
   Result mem_unmap(Address address, std::size_t bytes) noexcept override;
+  Result mem_export(int* fd, MemHandle handle) noexcept override;
+  Result mem_import(MemHandle* handle, int fd, std::size_t bytes) noexcept override;
   Result host_alloc(void** memory, std::size_t bytes) noexcept override;
   Result host_free(void* memory) noexcept override;
+  Result host_alloc_numa(void** memory, std::size_t bytes) noexcept override;
+  Result host_register(void* memory, std::size_t bytes) noexcept override;
+  Result host_unregister(void* memory) noexcept override;
   Result stream_create(StreamId* stream) noexcept override;
   Result stream_destroy(StreamId stream) noexcept override;
   Result stream_synchronize(StreamId stream) noexcept override;
   Result stream_wait_event(StreamId stream, EventId event) noexcept override;
+  Result stream_is_capturing(bool* capturing, StreamId stream) noexcept override;
   Result memcpy_h2d_async(Address destination, void const* source, std::size_t bytes,
                           StreamId stream) noexcept override;
   Result memcpy_d2h_async(void* destination, Address source, std::size_t bytes,
@@ -87,6 +95,7 @@ class FaultyDriver final : public Driver {
   bool persistent_ = false;
   std::uint64_t matching_calls_ = 0;
   std::optional<std::string> held_;
+  bool capturing_ = false;
   std::condition_variable released_;
   std::vector<Copy> copies_;
   std::map<std::string, std::uint64_t> calls_;

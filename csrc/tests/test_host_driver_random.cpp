@@ -104,7 +104,7 @@ class Model {
     std::size_t used = 0;
     for (auto const& [id, handle] : handles_) used += handle.granules * kGranule;
     MemHandle created = 0;
-    Result result = driver_->mem_create(&created, granules * kGranule);
+    Result result = driver_->mem_create(&created, granules * kGranule, false);
     bool fits = used + granules * kGranule <= kCapacity;
     require(result == (fits ? kSuccess : kDriverOutOfMemory), "create respects the capacity");
     if (fits) handles_[created] = {granules, std::vector<std::uint8_t>(granules)};

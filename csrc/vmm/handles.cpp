@@ -8,7 +8,7 @@ namespace aegaeon {
 
 Allocation::Allocation(std::shared_ptr<Driver> driver, std::size_t bytes)
     : driver_(std::move(driver)), bytes_(bytes) {
-  check(*driver_, driver_->mem_create(&handle_, bytes), "mem_create", bytes);
+  check(*driver_, driver_->mem_create(&handle_, bytes, false), "mem_create", bytes);
   live_ = true;
 }
 

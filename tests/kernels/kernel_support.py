@@ -7,6 +7,8 @@ import gc
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,6 +32,7 @@ class StubCuda:
         "handles": "H",
         "reservations": "R",
         "mappings": "M",
+        "registrations": "P",
         "contexts": "C",
         "streams": "s",
         "events": "e",
@@ -45,6 +48,33 @@ class StubCuda:
         context = ctypes.c_void_p()
         assert self._library.cuCtxGetCurrent(ctypes.byref(context)) == 0
         return context.value
+
+    def fail(self, call: str, n: int = 1, code: int = 1) -> None:
+        """The n-th call of that name from now on returns code, and does nothing else."""
+        self._library.stub_fail(call.encode(), n, code)
+
+    def fault_is_pending(self) -> bool:
+        return bool(self._library.stub_fault_is_pending())
+
+    @contextmanager
+    def capturing(self, stream: int) -> Iterator[None]:
+        """Inside the block the stream is captured into a graph, as torch captures: global mode.
+
+        Fails if something that ran meanwhile broke the capture.
+        """
+        self._library.stub_capture(ctypes.c_void_p(stream), 0)
+        try:
+            yield
+        finally:
+            broken = self._library.stub_capture(None, 0)
+        assert not broken, "a call that is unsafe during a capture has broken it"
+
+    def thread_state(self) -> tuple[int, int]:
+        """Of the calling thread: depth of its stack of contexts, its mode towards captures."""
+        return self._library.stub_context_depth(), self._library.stub_thread_mode()
+
+    def num_rdma_handles(self) -> int:
+        return int(self._library.stub_live(ord("D")))
 
     def live(self) -> dict[str, int]:
         gc.collect()  # a caught exception keeps its frame, and so what the test had opened

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import resource
 from collections.abc import Iterator
 
@@ -15,6 +16,7 @@ from aegaeon_kernels import _C
 from aegaeon_kernels.testing import FaultyDevice, assert_bitwise_equal
 
 OK, INVALID_VALUE, OUT_OF_MEMORY, INVALID_HANDLE = 0, 1, 2, 400
+ALREADY_REGISTERED, NOT_REGISTERED = 712, 713
 NONE, READ, READWRITE = _C.Access.NONE, _C.Access.READ, _C.Access.READWRITE
 
 
@@ -349,6 +351,7 @@ def test_unknown_streams_and_events_are_refused(host: FaultyDevice) -> None:
     assert driver.stream_destroy(77) == INVALID_HANDLE
     assert driver.event_query(77) == INVALID_HANDLE
     assert driver.event_destroy(77) == INVALID_HANDLE
+    assert driver.stream_is_capturing(77)[0] == INVALID_HANDLE
     assert driver.host_free(77) == INVALID_VALUE
     assert host.live == {}
 
@@ -380,6 +383,56 @@ def test_host_memory_is_zero_and_writable(driver: _C.Driver, device: FaultyDevic
     assert driver.host_free(memory) == OK
     assert driver.host_alloc(0)[0] == INVALID_VALUE
     assert device.live == {}
+
+
+def test_registered_memory_is_copied_like_any_other(
+    driver: _C.Driver, memory: Memory, device_bytes: DeviceBytes
+) -> None:
+    address = memory.reserve(GRANULE)
+    memory.map(address, memory.create())
+    assert driver.mem_set_access(address, GRANULE, READWRITE) == OK
+    buffer = mmap.mmap(-1, 3 * MIB)
+    view = np.frombuffer(buffer, np.uint8)
+    view[:] = contents = pattern(3 * MIB, seed=4)
+    begin = view.ctypes.data
+    assert driver.host_register(begin, 2 * MIB + 5) == OK
+    for offset, size in [(0, 10), (MIB, MIB + 5), (3 * MIB - 10, 10)]:
+        _, stream = driver.stream_create()
+        assert driver.memcpy_h2d_async(address, begin + offset, size, stream) == OK
+        assert driver.stream_destroy(stream) == OK
+        assert_bitwise_equal(device_bytes.read(address, size), contents[offset : offset + size])
+    assert driver.host_unregister(begin) == OK
+
+
+def test_host_memory_is_registered_once_from_a_page_on(
+    driver: _C.Driver, device: FaultyDevice
+) -> None:
+    buffer = mmap.mmap(-1, 8 * MIB)
+    begin = np.frombuffer(buffer, np.uint8).ctypes.data
+    assert driver.host_register(begin, 0) == INVALID_VALUE
+    assert driver.host_register(0, MIB) == INVALID_VALUE
+    assert driver.host_register(begin + 64, MIB) == INVALID_VALUE
+    assert driver.host_unregister(begin) == NOT_REGISTERED
+    assert driver.host_register(begin + 2 * MIB, 2 * MIB) == OK
+    for offset, size in [(0, 8), (0, 3), (2, 1), (2, 2), (3, 1), (3, 4)]:
+        code = driver.host_register(begin + offset * MIB, size * MIB)
+        assert code == ALREADY_REGISTERED, (offset, size)
+    assert driver.host_register(begin, 2 * MIB) == OK
+    assert driver.host_register(begin + 4 * MIB, 4 * MIB) == OK
+    assert device.live == {"registrations": 3}
+    for offset in (2, 0, 4):
+        assert driver.host_unregister(begin + offset * MIB) == OK
+        assert driver.host_unregister(begin + offset * MIB) == NOT_REGISTERED
+    assert device.live == {}
+
+
+def test_a_stream_is_not_captured_by_itself(driver: _C.Driver, device: FaultyDevice) -> None:
+    _, stream = driver.stream_create()
+    assert driver.stream_is_capturing(stream) == (OK, False)
+    with device.capturing():
+        assert driver.stream_is_capturing(stream) == (OK, True)
+    assert driver.stream_is_capturing(stream) == (OK, False)
+    driver.stream_destroy(stream)
 
 
 def test_memory_that_was_touched_once_is_mapped_again_without_page_faults(
