@@ -14,6 +14,7 @@ from aegaeon_kernels.errors import (
     TransferCancelled,
 )
 from aegaeon_kernels.host_image import HostImage
+from aegaeon_kernels.host_memory import HostMemory, HostPool, HostPoolStats
 from aegaeon_kernels.kv_layout import KVLayout
 from aegaeon_kernels.prefetch import Prefetcher, PrefetchStats, Ticket, TicketState
 
@@ -24,6 +25,9 @@ __all__ = [
     "DriverError",
     "Error",
     "HostImage",
+    "HostMemory",
+    "HostPool",
+    "HostPoolStats",
     "IntegrityError",
     "KVLayout",
     "LifecycleError",

@@ -8,6 +8,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <utility>
 #include <vector>
 
@@ -37,6 +38,18 @@ struct LifecycleError : Error {
 
 struct IntegrityError : Error {
   using Error::Error;
+};
+
+// A system call on a file failed; an OSError of that number in Python.
+struct FileError : Error {
+  FileError(std::string const& action_, int code_, std::string path_)
+      : Error(action_ + " " + path_ + ": " + std::generic_category().message(code_)),
+        action(action_),
+        code(code_),
+        path(std::move(path_)) {}
+  std::string action;
+  int code;
+  std::string path;
 };
 
 struct TransferCancelled : Error {

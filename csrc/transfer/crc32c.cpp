@@ -103,18 +103,18 @@ __attribute__((target("sse4.2"))) std::uint32_t update_sse42(std::uint32_t crc,
 
 }  // namespace
 
-std::uint32_t crc32c_portable(void const* data, std::size_t bytes) noexcept {
-  return ~update_portable(~std::uint32_t{0}, static_cast<unsigned char const*>(data), bytes);
+std::uint32_t crc32c_portable(void const* data, std::size_t bytes, std::uint32_t before) noexcept {
+  return ~update_portable(~before, static_cast<unsigned char const*>(data), bytes);
 }
 
-std::uint32_t crc32c(void const* data, std::size_t bytes) noexcept {
+std::uint32_t crc32c(void const* data, std::size_t bytes, std::uint32_t before) noexcept {
 #if defined(__x86_64__)
   static bool const has_instruction = __builtin_cpu_supports("sse4.2") != 0;
   if (has_instruction) {
-    return ~update_sse42(~std::uint32_t{0}, static_cast<unsigned char const*>(data), bytes);
+    return ~update_sse42(~before, static_cast<unsigned char const*>(data), bytes);
   }
 #endif
-  return crc32c_portable(data, bytes);
+  return crc32c_portable(data, bytes, before);
 }
 
 }  // namespace aegaeon
