@@ -9,6 +9,7 @@
 #include <array>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <utility>
 
 #include "driver/driver.hpp"
@@ -118,6 +119,9 @@ class CudaDriver final : public Driver {
     can_export_ = attribute(CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED) != 0 &&
                   cuda_.cuMemExportToShareableHandle != nullptr;
     can_rdma_ = attribute(CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED) != 0;
+    if (attribute(kHostNumaVmmSupported) != 0) {
+      numa_node_ = std::max(attribute(kHostNumaId), 0);  // -1: no NUMA here, and 0 is to be said
+    }
     auto wanted = properties(device_location());
     cuda_.require(cuda_.cuMemGetAllocationGranularity(&granularity_, &wanted,
                                                       CU_MEM_ALLOC_GRANULARITY_RECOMMENDED),
@@ -218,19 +222,23 @@ class CudaDriver final : public Driver {
   Result host_free(void* memory) noexcept override {
     auto numa = take(numa_memory_, memory);
     if (numa.empty()) return in_context([&] { return cuda_.cuMemFreeHost(memory); });
-    auto& [bytes, mapped] = numa.mapped();
+    auto& [bytes, handle, mapped, reserved] = numa.mapped();
     Result result = mapped ? mem_unmap(numa.key(), bytes) : kSuccess;
     mapped = result != kSuccess;
-    if (!mapped) result = address_free(numa.key(), bytes);
+    if (!mapped && reserved) {
+      result = address_free(numa.key(), bytes);
+      reserved = result != kSuccess;
+    }
+    if (!reserved) result = mem_release(handle);
     if (result != kSuccess) put_back(numa_memory_, std::move(numa));
     return result;
   }
 
   Result host_alloc_numa(void** memory, std::size_t bytes) noexcept override {
-    if (attribute(kHostNumaVmmSupported) == 0) return kNotSupported;
+    if (!numa_node_) return kNotSupported;
     CUmemLocation node{};
     node.type = kHostNumaLocation;
-    node.id = std::max(attribute(kHostNumaId), 0);  // -1: no NUMA here, and 0 is to be said
+    node.id = *numa_node_;
     auto wanted = properties(node);
     std::size_t granule = 0;
     Result result = cuda_.cuMemGetAllocationGranularity(&granule, &wanted,
@@ -239,31 +247,21 @@ class CudaDriver final : public Driver {
     if (bytes == 0) return kInvalidValue;
     std::size_t size = (bytes + granule - 1) / granule * granule;
 
-    Address address = 0;
-    if (result = address_reserve(&address, size, granule); result != kSuccess) return result;
     CUmemGenericAllocationHandle handle = 0;
     result = relaxed([&] { return cuda_.cuMemCreate(&handle, size, &wanted, 0); });
-    if (result == kSuccess) {
-      result = mem_map(address, size, 0, handle);
-      if (result == kSuccess) {
-        std::array<CUmemAccessDesc, 2> users{};
-        users[0].location = node;
-        users[1].location = device_location();
-        for (auto& user : users) user.flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
-        result = relaxed(
-            [&] { return cuda_.cuMemSetAccess(address, size, users.data(), users.size()); });
-        if (result != kSuccess) report(mem_unmap(address, size), "cuMemUnmap");
-      }
-      // The mapping keeps the memory from here on, or nothing does.
-      report(mem_release(handle), "cuMemRelease");
+    if (result != kSuccess) return result;
+    Address address = 0;
+    if (result = address_reserve(&address, size, granule); result == kSuccess) {
+      result = map_numa(address, size, handle, node);
+      if (result != kSuccess) report(address_free(address, size), "cuMemAddressFree");
     }
     if (result != kSuccess) {
-      report(address_free(address, size), "cuMemAddressFree");
+      report(mem_release(handle), "cuMemRelease");
       return result;
     }
     std::lock_guard lock(mutex_);
-    numa_memory_.emplace(address, NumaMemory{.bytes = size});
-    *memory = reinterpret_cast<void*>(address);
+    numa_memory_.emplace(address, NumaMemory{.bytes = size, .handle = handle});
+    *memory = pointer(address);
     return kSuccess;
   }
 
@@ -372,7 +370,9 @@ class CudaDriver final : public Driver {
  private:
   struct NumaMemory {
     std::size_t bytes = 0;
-    bool mapped = true;  // false: host_free got as far as that
+    MemHandle handle = 0;
+    bool mapped = true;  // false from where a host_free that failed got to
+    bool reserved = true;
   };
 
   static void* pointer(Address address) { return reinterpret_cast<void*>(address); }
@@ -398,6 +398,20 @@ class CudaDriver final : public Driver {
     wanted.type = CU_MEM_ALLOCATION_TYPE_PINNED;
     wanted.location = location;
     return wanted;
+  }
+
+  // For the host and for this device.
+  Result map_numa(Address address, std::size_t bytes, MemHandle handle,
+                  CUmemLocation const& node) noexcept {
+    if (Result result = mem_map(address, bytes, 0, handle); result != kSuccess) return result;
+    std::array<CUmemAccessDesc, 2> users{};
+    users[0].location = node;
+    users[1].location = device_location();
+    for (auto& user : users) user.flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
+    Result result =
+        relaxed([&] { return cuda_.cuMemSetAccess(address, bytes, users.data(), users.size()); });
+    if (result != kSuccess) report(mem_unmap(address, bytes), "cuMemUnmap");
+    return result;
   }
 
   // Driver calls run outside the lock: a copy must not wait for gigabytes being pinned.
@@ -484,6 +498,7 @@ class CudaDriver final : public Driver {
   std::size_t granularity_ = 0;
   bool can_export_ = false;
   bool can_rdma_ = false;
+  std::optional<int> numa_node_;  // near the device, where memory can be created
   std::mutex mutex_;  // guards all that follows
   std::map<Address, NumaMemory> numa_memory_;
   std::map<Address, std::size_t> registrations_;

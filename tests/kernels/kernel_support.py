@@ -69,9 +69,12 @@ class StubCuda:
             broken = self._library.stub_capture(None, 0)
         assert not broken, "a call that is unsafe during a capture has broken it"
 
-    def thread_state(self) -> tuple[int, int]:
-        """Of the calling thread: depth of its stack of contexts, its mode towards captures."""
-        return self._library.stub_context_depth(), self._library.stub_thread_mode()
+    def take_thread_state(self) -> tuple[int, int]:
+        """Of the calling thread: its mode towards captures, the depth of its stack of contexts.
+
+        (0, 0) is how a thread starts, and how it goes on after this call.
+        """
+        return divmod(self._library.stub_take_thread_state(), 1000)
 
     def num_rdma_handles(self) -> int:
         return int(self._library.stub_live(ord("D")))

@@ -121,8 +121,12 @@ API int stub_capture(Object *stream, int mode) {
   captured_broken = 0;
   LEAVE(was_broken);
 }
-API int stub_thread_mode(void) { return thread_mode; }
-API int stub_context_depth(void) { return depth; }
+// Of the calling thread: its mode, then the depth of its stack of contexts; both start again.
+API int stub_take_thread_state(void) {
+  int state = thread_mode * 1000 + depth;
+  thread_mode = depth = 0;
+  return state;
+}
 
 API int stub_live(int kind) {  // handles (D: for RDMA), reservations, mappings, registrations (P), contexts, else objects of a kind
   int count = 0;
@@ -139,6 +143,7 @@ API int stub_live(int kind) {  // handles (D: for RDMA), reservations, mappings,
 
 API int cuInit(unsigned flags) { BEGIN; initialized = 1; return flags ? INVALID : OK; }
 API int cuGetErrorString(int code, const char **text) {
+  BEGIN;
   *text = code == NO_MEMORY ? "out of memory" : code == INVALID ? "invalid argument" : "some error";
   return OK;
 }

@@ -54,6 +54,8 @@ while channel.recv(1):
     channel.send(b"done!")
 assert driver.mem_unmap(address, size) == 0
 assert driver.address_free(address, size) == 0
+if device.kind == "host":
+    assert driver.memory_info() == free
 """
 
 
