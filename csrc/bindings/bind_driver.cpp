@@ -4,6 +4,7 @@
 
 #include "bindings/bindings.hpp"
 #include "driver/faulty.hpp"
+#include "driver/simulated.hpp"
 #include "error.hpp"
 
 namespace aegaeon {
@@ -11,6 +12,53 @@ namespace {
 
 void* pointer(Address address) {
   return reinterpret_cast<void*>(address);
+}
+
+std::chrono::nanoseconds to_ns(double time_s) {
+  return std::chrono::round<std::chrono::nanoseconds>(std::chrono::duration<double>(time_s));
+}
+
+double to_s(Clock::time_point time) {
+  return std::chrono::duration<double>(time.time_since_epoch()).count();
+}
+
+void bind_simulated(py::module_& module) {
+  py::class_<SimulatedDriver, Driver, std::shared_ptr<SimulatedDriver>>(module, "SimulatedDriver")
+      .def(py::init([](std::shared_ptr<Driver> memory, double bytes_per_s, double copy_overhead_s,
+                       double wake_latency_s) {
+             return std::make_shared<SimulatedDriver>(
+                 std::move(memory), SimulatedLink{.bytes_per_s = bytes_per_s,
+                                                  .copy_overhead = to_ns(copy_overhead_s),
+                                                  .wake_latency = to_ns(wake_latency_s)});
+           }),
+           py::arg("memory"), py::kw_only(), py::arg("bytes_per_s"), py::arg("copy_overhead_s"),
+           py::arg("wake_latency_s"))
+      .def_property_readonly("now_s", [](SimulatedDriver& self) { return to_s(self.now()); })
+      .def(
+          "advance", [](SimulatedDriver& self, double time_s) { self.advance(to_ns(time_s)); },
+          py::arg("time_s"), ReleaseGil())
+      .def(
+          "hold_clock",
+          [](SimulatedDriver& self, double limit_s) {
+            self.hold_clock(Clock::time_point(to_ns(limit_s)));
+          },
+          py::arg("limit_s"), ReleaseGil())
+      .def("release_clock", &SimulatedDriver::release_clock, ReleaseGil())
+      .def("await_held", &SimulatedDriver::await_held, ReleaseGil())
+      .def(
+          "compute",
+          [](SimulatedDriver& self, StreamId stream, double duration_s) {
+            return self.compute(stream, to_ns(duration_s));
+          },
+          py::arg("stream"), py::kw_only(), py::arg("duration_s"), ReleaseGil())
+      .def_property_readonly("copies", [](SimulatedDriver const& self) {
+        std::vector<std::tuple<std::string, Address, std::size_t, double, double, double>> copies;
+        for (auto const& copy : self.copies()) {
+          copies.emplace_back(copy.call, copy.device_address, copy.bytes, to_s(copy.submitted),
+                              to_s(copy.begin), to_s(copy.end));
+        }
+        return copies;
+      });
 }
 
 template <typename Class>
@@ -185,6 +233,8 @@ void bind_driver(py::module_& module) {
       .def("reset", &FaultyDriver::reset, ReleaseGil())
       .def_property_readonly("calls", &FaultyDriver::calls)
       .def_property_readonly("live", &FaultyDriver::live);
+
+  bind_simulated(module);
 
   module.def("make_host_driver", &make_host_driver, py::kw_only(), py::arg("capacity_bytes"),
              py::arg("move_page_tables"));

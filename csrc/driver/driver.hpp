@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "driver/clock.hpp"
+
 namespace aegaeon {
 
 using Result = int;  // a CUresult value
@@ -48,6 +50,8 @@ class Driver {
   [[nodiscard]] virtual int device_index() const noexcept = 0;
   [[nodiscard]] virtual std::size_t granularity_bytes() const noexcept = 0;
   [[nodiscard]] virtual std::string describe(Result code) const = 0;
+  // The time that its streams run by.
+  [[nodiscard]] virtual TimeSource& time() noexcept { return steady_time(); }
 
   virtual Result memory_info(MemoryInfo* info) noexcept = 0;
 

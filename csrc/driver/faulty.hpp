@@ -44,6 +44,7 @@ class FaultyDriver final : public Driver {
   int device_index() const noexcept override { return inner_->device_index(); }
   std::size_t granularity_bytes() const noexcept override { return inner_->granularity_bytes(); }
   std::string describe(Result code) const override { return inner_->describe(code); }
+  TimeSource& time() noexcept override { return inner_->time(); }
 
   Result memory_info(MemoryInfo* info) noexcept override;
   Result mem_create(MemHandle* handle, std::size_t bytes, bool exportable) noexcept override;

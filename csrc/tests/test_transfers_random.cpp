@@ -45,7 +45,7 @@ void transfers_random() {
   auto arena = std::make_shared<Arena>(driver, 8 * kSize, 4 * kGranule);
   std::atomic<int> num_failed = 0;
   {
-    Prefetcher prefetcher(driver, kGranule, 2);
+    Prefetcher prefetcher(driver, {.chunk_bytes = kGranule, .depth = 2});
     std::vector<std::thread> threads;
     for (std::uint32_t seed = 0; seed < 4; ++seed) {
       threads.emplace_back([&, seed] {
@@ -60,8 +60,9 @@ void transfers_random() {
             auto* device = pointer(region->address());
             std::memset(device, 0, kSize);
             auto order = random_order(random);
-            auto load = prefetcher.submit(Direction::kLoad, image, region,
-                                          static_cast<std::int64_t>(random.below(3)), order);
+            auto load = prefetcher.submit(
+                Direction::kLoad, image, region,
+                {.priority = static_cast<std::int64_t>(random.below(3)), .order = order});
             if (random.one_in(4)) {
               load->cancel();
               require(load->wait_until(soon()), "a cancelled transfer ends");
@@ -79,7 +80,7 @@ void transfers_random() {
               require(load->wait_until(soon()), "a transfer ends");
               load->check();
               auto stored = random_order(random);
-              auto store = prefetcher.submit(Direction::kStore, back, region, 0, stored);
+              auto store = prefetcher.submit(Direction::kStore, back, region, {.order = stored});
               require(store->wait_until(soon()), "a store ends");
               store->check();
               for (auto const& piece : stored) {
@@ -117,14 +118,14 @@ void faults() {
       regions.back()->map(0, std::nullopt);
       images.push_back(std::make_shared<HostImage>(driver, kSize, name));
     }
-    Prefetcher prefetcher(driver, kGranule, 1 + random.below(3));
+    Prefetcher prefetcher(driver, {.chunk_bytes = kGranule, .depth = 1 + random.below(3)});
     driver->fail_call(1 + random.below(25), std::nullopt, 719, random.one_in(2));
     std::vector<std::shared_ptr<Ticket>> tickets;
     for (int i = 0; i < 4; ++i) {
       auto which = random.below(2);
       auto direction = which == 0 ? Direction::kLoad : Direction::kStore;
-      tickets.push_back(
-          prefetcher.submit(direction, images[which], regions[which], 0, random_order(random)));
+      tickets.push_back(prefetcher.submit(direction, images[which], regions[which],
+                                          {.order = random_order(random)}));
       if (random.one_in(5)) tickets.back()->cancel();
     }
     for (auto const& ticket : tickets) {

@@ -19,60 +19,42 @@ std::size_t index_of(Direction direction) {
   return static_cast<std::size_t>(direction);
 }
 
-bool inside(std::size_t offset_bytes, std::size_t size_bytes, std::size_t limit) {
-  return offset_bytes < limit && size_bytes <= limit - offset_bytes;
-}
+// How soon a gate is looked at again: by an eighth of the time waited already, within these.
+constexpr Clock::duration kShortestPoll = std::chrono::microseconds(20);
+constexpr Clock::duration kLongestPoll = std::chrono::microseconds(500);
+// The driver is failing: whether a copy is over can only be asked again.
+constexpr Clock::duration kLimboPoll = std::chrono::milliseconds(50);
 
-// Throws unless the pieces are inside both and do not overlap on the side that is written.
-void check_pieces(std::vector<Piece> const& pieces, Direction direction, std::size_t image_bytes,
-                  std::size_t region_bytes) {
-  if (pieces.empty()) throw std::invalid_argument("order is empty");
-  std::vector<Range> written;
-  for (auto const& piece : pieces) {
-    if (piece.size_bytes == 0 || !inside(piece.image_offset_bytes, piece.size_bytes, image_bytes) ||
-        !inside(piece.region_offset_bytes, piece.size_bytes, region_bytes)) {
-      throw std::invalid_argument(
-          concat("piece of ", piece.size_bytes, " bytes, at ", piece.region_offset_bytes,
-                 " of the region and ", piece.image_offset_bytes,
-                 " of the image, is empty or outside the image of ", image_bytes,
-                 " bytes and the region of ", region_bytes, " bytes"));
-    }
-    written.push_back(
-        {direction == Direction::kLoad ? piece.region_offset_bytes : piece.image_offset_bytes,
-         piece.size_bytes});
-  }
-  std::sort(written.begin(), written.end(),
-            [](Range const& a, Range const& b) { return a.offset_bytes < b.offset_bytes; });
-  for (std::size_t i = 1; i < written.size(); ++i) {
-    if (written[i - 1].offset_bytes + written[i - 1].size_bytes > written[i].offset_bytes) {
-      throw std::invalid_argument(concat("pieces at ", written[i - 1].offset_bytes, " and ",
-                                         written[i].offset_bytes, " overlap"));
-    }
+void check_rate(std::optional<double> max_bytes_per_s) {
+  if (max_bytes_per_s && !(*max_bytes_per_s >= 1 && *max_bytes_per_s < 1e18)) {
+    throw std::invalid_argument(concat("a rate of ", *max_bytes_per_s,
+                                       " bytes per second: give at least 1, or none for no limit"));
   }
 }
 
-std::vector<Range> in_region(std::vector<Piece> const& pieces) {
-  std::vector<Range> ranges;
-  ranges.reserve(pieces.size());
-  for (auto const& piece : pieces) ranges.push_back({piece.region_offset_bytes, piece.size_bytes});
-  return ranges;
+void check_chunk_bytes(std::size_t chunk_bytes) {
+  if (chunk_bytes == 0) throw std::invalid_argument("chunk_bytes=0 has to be positive");
 }
 
 }  // namespace
 
-Prefetcher::Prefetcher(std::shared_ptr<Driver> driver, std::size_t chunk_bytes, std::size_t depth)
+Prefetcher::Prefetcher(std::shared_ptr<Driver> driver, PrefetcherOptions const& options)
     : driver_(std::move(driver)),
-      chunk_bytes_(chunk_bytes),
-      depth_(depth),
-      queue_(std::make_shared<TransferQueue>()),
+      time_(driver_->time()),
+      depth_(options.depth),
+      cap_exempt_priority_(options.cap_exempt_priority),
+      queue_(std::make_shared<TransferQueue>(driver_)),
+      chunk_bytes_(options.chunk_bytes),
       process_(getpid()) {
-  if (chunk_bytes == 0 || depth == 0) {
-    throw std::invalid_argument(
-        concat("chunk_bytes=", chunk_bytes, " and depth=", depth, " have to be positive"));
-  }
+  check_chunk_bytes(options.chunk_bytes);
+  if (depth_ == 0) throw std::invalid_argument("depth=0 has to be positive");
+  check_rate(options.max_bytes_per_s);
   for (auto& lane : lanes_) {
     lane.stream = std::make_unique<Stream>(driver_);
-    for (std::size_t i = 0; i < depth; ++i) lane.events.push_back(std::make_unique<Event>(driver_));
+    for (std::size_t i = 0; i < depth_; ++i) {
+      lane.events.push_back(std::make_unique<Event>(driver_));
+    }
+    lane.limit.set_rate(options.max_bytes_per_s, time_.now());
   }
   thread_ = std::thread([this] { run(); });
   pthread_setname_np(thread_.native_handle(), "aegaeon-prefetch");
@@ -101,34 +83,63 @@ void Prefetcher::require_open() const {
 }
 
 std::shared_ptr<Ticket> Prefetcher::submit(Direction direction, std::shared_ptr<HostImage> image,
-                                           std::shared_ptr<Region> region, std::int64_t priority,
-                                           std::optional<std::vector<Piece>> order) {
+                                           std::shared_ptr<Region> region,
+                                           TransferOptions options) {
   if (region->arena()->driver() != driver_) {
     throw std::invalid_argument(concat("the region is on another device (",
                                        region->arena()->driver()->name(),
                                        ") than the prefetcher's (", driver_->name(), ")"));
   }
-  auto pieces = std::move(order).value_or(std::vector<Piece>{{0, 0, image->size_bytes()}});
-  check_pieces(pieces, direction, image->size_bytes(), region->size_bytes());
+  TransferOrder order(
+      direction, std::move(options.order).value_or(std::vector<Piece>{{0, 0, image->size_bytes()}}),
+      std::move(options.layer_ends), image->size_bytes(), region->size_bytes());
   TransferHolds holds;
   if (direction == Direction::kStore) holds.writer = image->write();
-  holds.region_use = region->use(in_region(pieces));
+  holds.region_use = region->use(order.in_region());
   holds.image = std::move(image);
-  auto ticket = std::make_shared<Ticket>(queue_, direction, priority, std::move(pieces),
-                                         region->address(), std::move(holds));
+  std::shared_ptr<Event> gate;
+  if (options.after) {
+    require_no_capture(*driver_, *options.after);
+    gate = std::make_shared<Event>(driver_);
+    check(*driver_, driver_->event_record(gate->id(), *options.after), "event_record");
+  }
+  TransferKey key{.priority = options.priority};
+  if (options.deadline) key.deadline = time_.now() + *options.deadline;
+  auto ticket = std::make_shared<Ticket>(queue_, direction, key, std::move(order),
+                                         region->address(), std::move(holds), std::move(gate));
   std::lock_guard lock(queue_->mutex);
   require_open();
-  ticket->arrival_ = queue_->next_arrival++;
-  queue_->waiting[index_of(direction)].emplace(std::pair{priority, ticket->arrival_}, ticket);
-  queue_->wake.notify_one();
+  ticket->key_.arrival = queue_->next_arrival++;
+  if (ticket->gate_) {
+    queue_->gated.push_back(ticket);
+  } else {
+    ticket->waiting().emplace(ticket->key_, ticket);
+  }
+  queue_->notify();
   return ticket;
+}
+
+void Prefetcher::set_rate(Direction direction, std::optional<double> max_bytes_per_s) {
+  check_rate(max_bytes_per_s);
+  std::lock_guard lock(queue_->mutex);
+  lanes_[index_of(direction)].limit.set_rate(max_bytes_per_s, time_.now());
+  queue_->notify();
+}
+
+void Prefetcher::set_chunk_bytes(std::size_t chunk_bytes) {
+  check_chunk_bytes(chunk_bytes);
+  std::lock_guard lock(queue_->mutex);
+  chunk_bytes_ = chunk_bytes;
 }
 
 DirectionStats Prefetcher::stats(Direction direction) const {
   std::lock_guard lock(queue_->mutex);
   auto const& lane = lanes_[index_of(direction)];
   auto stats = lane.stats;
-  if (!lane.in_flight.empty()) stats.busy_s += seconds(Clock::now() - lane.busy_since);
+  auto now = time_.now();
+  if (!lane.in_flight.empty()) stats.busy_s += seconds(now - lane.busy_since);
+  if (lane.throttled_since) stats.throttled_s += seconds(now - *lane.throttled_since);
+  stats.outcomes = queue_->outcomes[index_of(direction)];
   return stats;
 }
 
@@ -139,12 +150,17 @@ void Prefetcher::close() {
     std::lock_guard lock(queue_->mutex);
     queue_->closing = true;
     for (auto const& waiting : queue_->waiting) {
-      for (auto const& [order, ticket] : waiting) queued.push_back(ticket);
+      for (auto const& [key, ticket] : waiting) queued.push_back(ticket);
     }
+    queued.insert(queued.end(), queue_->gated.begin(), queue_->gated.end());
+    queue_->notify();
   }
   for (auto const& ticket : queued) ticket->cancel();
-  queue_->wake.notify_one();
   if (thread_.joinable()) thread_.join();
+  {
+    Lock lock(queue_->mutex);
+    queue_->stream_waits_over.wait(lock, [&] { return queue_->num_stream_waits == 0; });
+  }
   Result first = kSuccess;
   char const* call = "";
   auto attempt = [&](Result result, char const* name) {
@@ -168,66 +184,107 @@ void Prefetcher::close() {
 void Prefetcher::run() {
   Lock lock(queue_->mutex);
   for (;;) {
+    auto seen = queue_->num_changes;
+    auto wake_at = Clock::time_point::max();
+    open_gates(lock, wake_at);
     for (auto direction : {Direction::kLoad, Direction::kStore}) {
-      while (submit_chunk(lock, direction)) {
+      while (submit_chunk(lock, direction, wake_at)) {
       }
     }
-    if (auto* lane = oldest_in_flight()) {
+    if (auto* lane = next_to_finish()) {
       reap(lock, *lane);
       continue;
     }
-    bool confirmed = retry_limbo(lock);
-    if (!queue_->waiting[0].empty() || !queue_->waiting[1].empty()) continue;
+    if (!retry_limbo(lock)) wake_at = std::min(wake_at, time_.now() + kLimboPoll);
+    if (queue_->num_changes != seen) continue;  // while it was unlocked
     if (queue_->closing) return;
-    if (confirmed) {
-      queue_->wake.wait(lock);
-    } else {
-      // The driver is failing; whether a copy is over can only be asked again.
-      queue_->wake.wait_for(lock, std::chrono::milliseconds(50));
-    }
+    time_.wait(lock, queue_->wake, wake_at);
   }
 }
 
+// Lets those transfers go whose gates the device has passed. The host asks, instead of making the
+// copy stream wait: behind a copy that waits for somebody's kernels everything else would wait too.
+void Prefetcher::open_gates(Lock& lock, Clock::time_point& wake_at) {
+  if (queue_->gated.empty()) return;
+  struct Poll {
+    std::shared_ptr<Ticket> ticket;
+    std::shared_ptr<Event> gate;
+    Result result = kSuccess;
+  };
+  std::vector<Poll> polls;
+  for (auto const& ticket : queue_->gated) polls.push_back({ticket, ticket->gate_});
+  lock.unlock();
+  for (auto& poll : polls) poll.result = driver_->event_query(poll.gate->id());
+  lock.lock();
+  auto now = time_.now();
+  for (auto& [ticket, gate, result] : polls) {
+    if (!ticket->gate_) continue;  // cancelled meanwhile
+    if (result == kNotReady) {
+      auto pause = std::clamp((now - ticket->submitted_at_) / 8, kShortestPoll, kLongestPoll);
+      wake_at = std::min(wake_at, now + pause);
+      continue;
+    }
+    ticket->leave_queue();
+    ticket->gate_.reset();
+    if (result == kSuccess) {
+      ticket->waiting().emplace(ticket->key_, ticket);
+    } else {
+      fail(*ticket, error_of(result, "event_query", 0));
+      finish(lock, *ticket, nullptr);
+    }
+  }
+  lock.unlock();
+  polls.clear();  // the events go
+  lock.lock();
+}
+
 // Submits the next chunk of the most urgent ticket, if there is one and a place in flight.
-bool Prefetcher::submit_chunk(Lock& lock, Direction direction) {
+bool Prefetcher::submit_chunk(Lock& lock, Direction direction, Clock::time_point& wake_at) {
   auto& lane = lanes_[index_of(direction)];
   auto& waiting = queue_->waiting[index_of(direction)];
+  auto now = time_.now();
+  if (waiting.empty()) end_throttling(lane, now);
   if (waiting.empty() || lane.in_flight.size() >= depth_) return false;
   auto ticket = waiting.begin()->second;
-  auto pieces = ticket->next_chunk(chunk_bytes_);
-  if (ticket->all_submitted()) waiting.erase(waiting.begin());
-  auto now = Clock::now();
+  if (!exempt(*ticket) && lane.limit.limited() && now < lane.limit.next()) {
+    // The more urgent a ticket, the rather it is exempt: those behind it are held back as well.
+    if (!lane.throttled_since) lane.throttled_since = now;
+    wake_at = std::min(wake_at, lane.limit.next());
+    return false;
+  }
+  end_throttling(lane, now);
+  auto begin_bytes = ticket->cursor_.total_bytes;
+  auto copies = ticket->order_.take(ticket->cursor_, chunk_bytes_);
+  auto end_bytes = ticket->cursor_.total_bytes;
+  if (ticket->order_.at_end(ticket->cursor_)) waiting.erase(waiting.begin());
   if (ticket->state_ == TicketState::kQueued) {
     ticket->state_ = TicketState::kRunning;
-    auto waited = seconds(now - ticket->submitted_at_);
-    auto& wait = lane.stats.queue_waits[ticket->priority_];
-    ++wait.num_transfers;
-    wait.total_s += waited;
-    wait.max_s = std::max(wait.max_s, waited);
+    lane.stats.queue_waits[ticket->key_.priority].add(now - ticket->submitted_at_);
   }
-  if (lane.in_flight.empty()) lane.busy_since = now;
+  if (!exempt(*ticket)) lane.limit.take(end_bytes - begin_bytes, now);
+  if (lane.in_flight.empty()) lane.busy_since = lane.front_since = now;
   ++ticket->chunks_in_flight_;
-  Chunk chunk{.ticket = ticket, .event_idx = {}, .sequence = next_sequence_++};
+  Chunk chunk{.ticket = ticket, .event_idx = {}};
   auto event_idx = lane.next_event++ % depth_;
 
   lock.unlock();  // others may submit and cancel meanwhile
   auto stream = lane.stream->id();
   std::size_t num_copies = 0;
-  for (auto const& piece : pieces) {
-    auto* host = ticket->host_ + piece.image_offset_bytes;
-    auto device = ticket->device_ + piece.region_offset_bytes;
+  for (auto const& copy : copies) {
+    auto* host = ticket->host_ + copy.image_offset_bytes;
+    auto device = ticket->device_ + copy.region_offset_bytes;
     if (direction == Direction::kLoad) {
       chunk.call = "memcpy_h2d_async";
-      chunk.result = driver_->memcpy_h2d_async(device, host, piece.size_bytes, stream);
+      chunk.result = driver_->memcpy_h2d_async(device, host, copy.size_bytes, stream);
     } else {
       chunk.call = "memcpy_d2h_async";
-      chunk.result = driver_->memcpy_d2h_async(host, device, piece.size_bytes, stream);
+      chunk.result = driver_->memcpy_d2h_async(host, device, copy.size_bytes, stream);
     }
     if (chunk.result != kSuccess) break;
     ++num_copies;
-    chunk.bytes += piece.size_bytes;
+    chunk.bytes += copy.size_bytes;
   }
-  // Also after a failure: the pieces before it are under way and have to be waited for.
+  // Also after a failure: the copies before it are under way and have to be waited for.
   Result recorded = driver_->event_record(lane.events[event_idx]->id(), stream);
   if (recorded == kSuccess) {
     chunk.event_idx = event_idx;
@@ -236,20 +293,43 @@ bool Prefetcher::submit_chunk(Lock& lock, Direction direction) {
     chunk.result = recorded;
   }
   lock.lock();
+  if (chunk.result == kSuccess && ticket->submitted_bytes_ + chunk.bytes == end_bytes) {
+    ticket->submitted_bytes_ = end_bytes;
+    ticket->submitted_.push_back({end_bytes, lane.events[event_idx]->id()});
+    ticket->changed_.notify_all();
+  }
   lane.stats.num_copies += num_copies;
   lane.in_flight.push_back(std::move(chunk));
   return true;
 }
 
-Prefetcher::Lane* Prefetcher::oldest_in_flight() {
-  Lane* oldest = nullptr;
+bool Prefetcher::exempt(Ticket const& ticket) const {
+  return cap_exempt_priority_ && ticket.key_.priority <= *cap_exempt_priority_;
+}
+
+void Prefetcher::end_throttling(Lane& lane, Clock::time_point now) {
+  if (!lane.throttled_since) return;
+  lane.stats.throttled_s += seconds(now - *lane.throttled_since);
+  lane.throttled_since.reset();
+}
+
+// One event can be waited for at a time: that of the chunk which should be over first, going by
+// what its engine has done so far. Waiting for the other direction's would leave this engine idle.
+Prefetcher::Lane* Prefetcher::next_to_finish() {
+  Lane* next = nullptr;
+  Clock::time_point earliest;
   for (auto& lane : lanes_) {
     if (lane.in_flight.empty()) continue;
-    if (oldest == nullptr || lane.in_flight.front().sequence < oldest->in_flight.front().sequence) {
-      oldest = &lane;
+    auto end = lane.front_since;
+    if (lane.bytes_per_s > 0) {
+      end += std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(
+          static_cast<double>(lane.in_flight.front().bytes) / lane.bytes_per_s));
     }
+    if (next != nullptr && end >= earliest) continue;
+    next = &lane;
+    earliest = end;
   }
-  return oldest;
+  return next;
 }
 
 // Waits until the oldest chunk's copies are over, whatever became of them.
@@ -269,39 +349,56 @@ void Prefetcher::reap(Lock& lock, Lane& lane) {
     drained = driver_->stream_synchronize(lane.stream->id());
   }
   std::exception_ptr error;
-  if (chunk.result != kSuccess) {
-    try {
-      check(*driver_, chunk.result, chunk.call, chunk.bytes);
-    } catch (...) {
-      error = std::current_exception();
-    }
-  }
+  if (chunk.result != kSuccess) error = error_of(chunk.result, chunk.call, chunk.bytes);
   lock.lock();
   auto ticket = std::move(chunk.ticket);
+  auto now = time_.now();
   lane.stats.num_chunks += 1;
   if (error) {
     fail(*ticket, error);
   } else {
     lane.stats.bytes += chunk.bytes;
+    if (now > lane.front_since) {
+      // Up at once, down slowly: this thread may come late, an engine is never early.
+      auto seen = static_cast<double>(chunk.bytes) / seconds(now - lane.front_since);
+      lane.bytes_per_s = std::max(seen, 0.9 * lane.bytes_per_s);
+    }
     // After a failed chunk the later ones are not what bytes_done promises, a prefix.
     if (!ticket->error_) {
       ticket->bytes_done_ += chunk.bytes;
+      ticket->submitted_.pop_front();
       ticket->changed_.notify_all();
     }
   }
   lane.in_flight.pop_front();
-  if (lane.in_flight.empty()) lane.stats.busy_s += seconds(Clock::now() - lane.busy_since);
+  lane.front_since = now;
+  if (lane.in_flight.empty()) lane.stats.busy_s += seconds(now - lane.busy_since);
   --ticket->chunks_in_flight_;
-  bool over = ticket->all_submitted() || ticket->cancelled_ || ticket->error_;
+  bool over = ticket->order_.at_end(ticket->cursor_) || ticket->cancelled_ || ticket->error_;
   if (ticket->chunks_in_flight_ == 0 && over) {
     finish(lock, *ticket, drained == kSuccess ? nullptr : &lane);
   }
+  if (drained != kSuccess) fail_queued(lock, error);
 }
 
 void Prefetcher::fail(Ticket& ticket, std::exception_ptr error) {
   if (!ticket.error_) ticket.error_ = std::move(error);
   ticket.state_ = TicketState::kDraining;
-  queue_->waiting[index_of(ticket.direction_)].erase({ticket.priority_, ticket.arrival_});
+  ticket.leave_queue();
+}
+
+// The device does not answer any more, as after a kernel's illegal access: every later call would
+// fail too, one by one and perhaps much later. Nobody is left waiting for that.
+void Prefetcher::fail_queued(Lock& lock, std::exception_ptr const& error) {
+  std::vector<std::shared_ptr<Ticket>> queued = queue_->gated;
+  for (auto const& waiting : queue_->waiting) {
+    for (auto const& [key, ticket] : waiting) queued.push_back(ticket);
+  }
+  for (auto const& ticket : queued) {
+    if (ticket->finished() || ticket->ending_) continue;
+    fail(*ticket, error);
+    if (ticket->chunks_in_flight_ == 0) finish(lock, *ticket, nullptr);
+  }
 }
 
 void Prefetcher::finish(Lock& lock, Ticket& ticket, Lane* limbo) {
@@ -309,7 +406,12 @@ void Prefetcher::finish(Lock& lock, Ticket& ticket, Lane* limbo) {
   auto state = ticket.error_       ? TicketState::kFailed
                : ticket.cancelled_ ? TicketState::kCancelled
                                    : TicketState::kDone;
+  if (ticket.cancelled_) {
+    lanes_[index_of(ticket.direction_)].stats.cancel_latencies.add(time_.now() -
+                                                                   ticket.cancelled_at_);
+  }
   auto holds = std::move(ticket.holds_);
+  auto gate = std::move(ticket.gate_);
   if (limbo != nullptr) {
     limbo->limbo.push_back(std::move(holds));
   } else {
@@ -317,6 +419,7 @@ void Prefetcher::finish(Lock& lock, Ticket& ticket, Lane* limbo) {
     lock.unlock();
     {
       auto released = std::move(holds);
+      gate.reset();
     }
     lock.lock();
   }
@@ -342,6 +445,15 @@ bool Prefetcher::retry_limbo(Lock& lock) {
     lock.lock();
   }
   return confirmed;
+}
+
+std::exception_ptr Prefetcher::error_of(Result result, char const* call, std::size_t bytes) const {
+  try {
+    check(*driver_, result, call, bytes);
+  } catch (...) {
+    return std::current_exception();
+  }
+  return nullptr;
 }
 
 }  // namespace aegaeon

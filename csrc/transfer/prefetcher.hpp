@@ -17,39 +17,56 @@
 #include <sys/types.h>
 
 #include "driver/driver.hpp"
+#include "transfer/duration_histogram.hpp"
+#include "transfer/rate_limit.hpp"
 #include "transfer/stream.hpp"
 #include "transfer/ticket.hpp"
 
 namespace aegaeon {
 
-struct QueueWait {
-  std::uint64_t num_transfers = 0;
-  double total_s = 0;
-  double max_s = 0;
-};
-
 struct DirectionStats {
   std::uint64_t bytes = 0;
   std::uint64_t num_chunks = 0;
   std::uint64_t num_copies = 0;
-  double busy_s = 0;                              // with at least one chunk in flight
-  std::map<std::int64_t, QueueWait> queue_waits;  // by priority
+  double busy_s = 0;       // with at least one chunk in flight
+  double throttled_s = 0;  // with a chunk that the rate limit alone held back
+  TransferOutcomes outcomes;
+  std::map<std::int64_t, DurationHistogram> queue_waits;  // until the first chunk, by priority
+  DurationHistogram cancel_latencies;                     // of those with chunks in flight
+};
+
+struct PrefetcherOptions {
+  std::size_t chunk_bytes = 0;
+  std::size_t depth = 0;                              // chunks in flight per direction
+  std::optional<double> max_bytes_per_s{};            // per direction
+  std::optional<std::int64_t> cap_exempt_priority{};  // up to this one no limit holds
+};
+
+struct TransferOptions {
+  std::int64_t priority = 0;
+  std::optional<Clock::duration> deadline{};  // from now; orders within the priority
+  // Which pieces, in that order (none: the whole image, at the same offsets), and how many of them
+  // end with each layer; see TransferOrder.
+  std::optional<std::vector<Piece>> order{};
+  std::optional<std::vector<std::size_t>> layer_ends{};
+  std::optional<StreamId> after{};  // what is on that stream now comes first
 };
 
 class Prefetcher {
  public:
-  // depth: chunks in flight per direction. Throws DriverError.
-  Prefetcher(std::shared_ptr<Driver> driver, std::size_t chunk_bytes, std::size_t depth);
+  // Throws DriverError, and std::invalid_argument for sizes and rates that are not positive.
+  Prefetcher(std::shared_ptr<Driver> driver, PrefetcherOptions const& options);
   ~Prefetcher();
   Prefetcher(Prefetcher const&) = delete;  // owns a thread
   Prefetcher& operator=(Prefetcher const&) = delete;
 
-  // Queues a transfer of the pieces (none: the whole image, at the same offsets), in that order.
-  // Throws std::invalid_argument for pieces that are empty, lie outside or overlap where they are
-  // written, and LifecycleError where the region is not mapped.
+  // Throws std::invalid_argument for a bad order, LifecycleError where the region is not mapped or
+  // the stream is in capture, DriverError.
   std::shared_ptr<Ticket> submit(Direction direction, std::shared_ptr<HostImage> image,
-                                 std::shared_ptr<Region> region, std::int64_t priority,
-                                 std::optional<std::vector<Piece>> order);
+                                 std::shared_ptr<Region> region, TransferOptions options);
+  // From the next chunk on.
+  void set_rate(Direction direction, std::optional<double> max_bytes_per_s);
+  void set_chunk_bytes(std::size_t chunk_bytes);
   [[nodiscard]] DirectionStats stats(Direction direction) const;
   // Cancels what is queued, waits for what is in flight, joins the thread. On DriverError it may be
   // called again.
@@ -62,7 +79,6 @@ class Prefetcher {
     std::optional<std::size_t> event_idx;  // none: it could not be recorded
     Result result = kSuccess;              // of its submission
     char const* call = "";
-    std::uint64_t sequence = 0;
   };
   struct Lane {
     std::unique_ptr<Stream> stream;
@@ -70,6 +86,10 @@ class Prefetcher {
     std::size_t next_event = 0;
     std::deque<Chunk> in_flight;
     Clock::time_point busy_since{};
+    Clock::time_point front_since{};  // the oldest chunk in flight has had the engine since then
+    double bytes_per_s = 0;           // what the engine does, as seen so far; 0: nothing seen
+    RateLimit limit;
+    std::optional<Clock::time_point> throttled_since;
     DirectionStats stats;
     // What the unconfirmed copies of failed transfers still need; see retry_limbo().
     std::vector<TransferHolds> limbo;
@@ -77,20 +97,27 @@ class Prefetcher {
   using Lock = std::unique_lock<std::mutex>;
 
   void run();
-  bool submit_chunk(Lock& lock, Direction direction);
-  Lane* oldest_in_flight();
+  void open_gates(Lock& lock, Clock::time_point& wake_at);
+  bool submit_chunk(Lock& lock, Direction direction, Clock::time_point& wake_at);
+  [[nodiscard]] bool exempt(Ticket const& ticket) const;
+  static void end_throttling(Lane& lane, Clock::time_point now);
+  Lane* next_to_finish();
   void reap(Lock& lock, Lane& lane);
   void fail(Ticket& ticket, std::exception_ptr error);
+  void fail_queued(Lock& lock, std::exception_ptr const& error);
   void finish(Lock& lock, Ticket& ticket, Lane* limbo);
   bool retry_limbo(Lock& lock);
   void require_open() const;
+  [[nodiscard]] std::exception_ptr error_of(Result result, char const* call,
+                                            std::size_t bytes) const;
 
   std::shared_ptr<Driver> const driver_;
-  std::size_t const chunk_bytes_;
+  TimeSource& time_;
   std::size_t const depth_;
+  std::optional<std::int64_t> const cap_exempt_priority_;
   std::shared_ptr<TransferQueue> const queue_;
-  std::array<Lane, kNumDirections> lanes_;  // guarded by the queue's mutex, but for the streams
-  std::uint64_t next_sequence_ = 0;
+  std::size_t chunk_bytes_;                 // guarded by the queue's mutex, as is all below but the
+  std::array<Lane, kNumDirections> lanes_;  // streams and events
   std::mutex close_mutex_;
   pid_t const process_;
   std::thread thread_;

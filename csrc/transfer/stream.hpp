@@ -1,4 +1,4 @@
-// Owners of a stream and of an event.
+// Owners of a stream and of an event, and what is asked of a stream that is somebody else's.
 #pragma once
 
 #include <memory>
@@ -57,5 +57,16 @@ class Event {
   EventId id_ = 0;
   bool live_ = false;
 };
+
+// In a stream that is being captured, an event of ours would become part of the graph, or break the
+// capture. Throws LifecycleError.
+inline void require_no_capture(Driver& driver, StreamId stream) {
+  bool capturing = false;
+  check(driver, driver.stream_is_capturing(&capturing, stream), "stream_is_capturing");
+  if (capturing) {
+    throw LifecycleError(
+        "the stream is being captured into a graph: order transfers outside of it");
+  }
+}
 
 }  // namespace aegaeon

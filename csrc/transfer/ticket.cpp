@@ -1,107 +1,147 @@
 #include "transfer/ticket.hpp"
 
 #include <algorithm>
-#include <numeric>
 
 #include "error.hpp"
 
 namespace aegaeon {
-namespace {
 
-std::size_t sum_bytes(std::vector<Piece> const& pieces) {
-  return std::accumulate(
-      pieces.begin(), pieces.end(), std::size_t{0},
-      [](std::size_t sum, Piece const& piece) { return sum + piece.size_bytes; });
-}
-
-}  // namespace
-
-Ticket::Ticket(std::shared_ptr<TransferQueue> queue, Direction direction, std::int64_t priority,
-               std::vector<Piece> pieces, Address device, TransferHolds holds)
+Ticket::Ticket(std::shared_ptr<TransferQueue> queue, Direction direction, TransferKey key,
+               TransferOrder order, Address device, TransferHolds holds,
+               std::shared_ptr<Event> gate)
     : queue_(std::move(queue)),
       direction_(direction),
-      priority_(priority),
-      pieces_(std::move(pieces)),
+      order_(std::move(order)),
       device_(device),
       host_(holds.image->data()),
-      total_bytes_(sum_bytes(pieces_)),
-      submitted_at_(Clock::now()),
-      holds_(std::move(holds)) {}
+      key_(key),
+      submitted_at_(queue_->driver->time().now()),
+      holds_(std::move(holds)),
+      gate_(std::move(gate)) {}
+
+std::int64_t Ticket::priority() const {
+  std::lock_guard lock(queue_->mutex);
+  return key_.priority;
+}
 
 bool Ticket::cancel() {
-  TransferHolds released;  // dropped unlocked, after the lock: the last hold on a region ends it
+  // Dropped after the lock: the last hold on a region ends it.
+  TransferHolds holds;
+  std::shared_ptr<Event> gate;
   std::lock_guard lock(queue_->mutex);
-  if (finished() || ending_) return cancelled_;
+  if (finished() || ending_ || cancelled_) return cancelled_;
   cancelled_ = true;
-  queue_->waiting[static_cast<std::size_t>(direction_)].erase({priority_, arrival_});
+  cancelled_at_ = queue_->driver->time().now();
+  leave_queue();
+  gate = std::move(gate_);
   if (chunks_in_flight_ > 0) {
     state_ = TicketState::kDraining;
+  } else {
+    holds = std::move(holds_);
+    end(TicketState::kCancelled);
+  }
+  queue_->notify();
+  return true;
+}
+
+bool Ticket::set_priority(std::int64_t priority) {
+  std::lock_guard lock(queue_->mutex);
+  auto key = key_;
+  key.priority = priority;
+  return set_key(key);
+}
+
+bool Ticket::set_deadline(std::optional<Clock::duration> deadline) {
+  std::lock_guard lock(queue_->mutex);
+  auto key = key_;
+  key.deadline = deadline ? queue_->driver->time().now() + *deadline : Clock::time_point::max();
+  return set_key(key);
+}
+
+bool Ticket::set_key(TransferKey key) {
+  if (gate_) {
+    key_ = key;
     return true;
   }
-  released = std::move(holds_);
-  end(TicketState::kCancelled);
+  auto node = waiting().extract(key_);
+  if (node.empty()) return false;
+  key_ = node.key() = key;
+  waiting().insert(std::move(node));
+  queue_->notify();
   return true;
 }
 
 bool Ticket::wait_bytes_until(std::size_t bytes, std::optional<Clock::time_point> deadline) {
   if (bytes_done_ >= bytes) return true;
-  std::unique_lock lock(queue_->mutex);
-  auto reached = [&] { return bytes_done_ >= bytes || finished(); };
-  if (!deadline) {
-    changed_.wait(lock, reached);
-    return true;
-  }
-  return changed_.wait_until(lock, *deadline, reached);
+  return wait_changed(deadline, [&] { return bytes_done_ >= bytes || finished(); });
 }
 
 bool Ticket::wait_until(std::optional<Clock::time_point> deadline) {
+  return wait_changed(deadline, [&] { return finished(); });
+}
+
+bool Ticket::wait_submitted_until(std::size_t bytes, std::optional<Clock::time_point> deadline) {
+  if (bytes_done_ >= bytes) return true;
+  return wait_changed(deadline, [&] { return submitted_bytes_ >= bytes || finished(); });
+}
+
+template <typename Reached>
+bool Ticket::wait_changed(std::optional<Clock::time_point> deadline, Reached reached) {
   std::unique_lock lock(queue_->mutex);
-  auto reached = [&] { return finished(); };
-  if (!deadline) {
-    changed_.wait(lock, reached);
-    return true;
+  if (deadline) return changed_.wait_until(lock, *deadline, reached);
+  changed_.wait(lock, reached);
+  return true;
+}
+
+void Ticket::wait_on_stream(StreamId stream, std::size_t bytes) {
+  auto& driver = *queue_->driver;
+  require_no_capture(driver, stream);
+  std::unique_lock lock(queue_->mutex);
+  if (bytes_done_ >= bytes) return;
+  if (error_) std::rethrow_exception(error_);
+  if (cancelled_) throw_cancelled();
+  auto found = std::find_if(submitted_.begin(), submitted_.end(),
+                            [&](Submitted const& chunk) { return chunk.end_bytes >= bytes; });
+  if (found == submitted_.end()) {
+    throw LifecycleError(concat("the copies of the first ", bytes, " bytes are not submitted yet"));
   }
-  return changed_.wait_until(lock, *deadline, reached);
+  auto event = found->event;
+  // Unlocked, the event may be recorded again, behind a later chunk of the same stream: then the
+  // wait is for that one, and so for this one too. It is not destroyed while it is counted here.
+  ++queue_->num_stream_waits;
+  lock.unlock();
+  Result result = driver.stream_wait_event(stream, event);
+  lock.lock();
+  if (--queue_->num_stream_waits == 0) queue_->stream_waits_over.notify_all();
+  lock.unlock();
+  aegaeon::check(driver, result, "stream_wait_event");
 }
 
 void Ticket::check() const {
   std::lock_guard lock(queue_->mutex);
   if (error_) std::rethrow_exception(error_);
-  if (state() == TicketState::kCancelled) {
-    throw TransferCancelled(concat("the transfer was cancelled after ", bytes_done_.load(), " of ",
-                                   total_bytes_, " bytes"));
-  }
+  if (state() == TicketState::kCancelled) throw_cancelled();
 }
 
-// A chunk is a batch of consecutive pieces, so that many small pieces cost one event and one
-// hand-over between threads; pieces that touch on both sides become one
-// copy.
-std::vector<Piece> Ticket::next_chunk(std::size_t chunk_bytes) {
-  std::vector<Piece> chunk;
-  std::size_t room = chunk_bytes;
-  while (room > 0 && !all_submitted()) {
-    auto const& piece = pieces_[next_piece_];
-    auto in_region = piece.region_offset_bytes + next_offset_;
-    auto in_image = piece.image_offset_bytes + next_offset_;
-    auto bytes = std::min(room, piece.size_bytes - next_offset_);
-    auto* last = chunk.empty() ? nullptr : &chunk.back();
-    if (last != nullptr && last->region_offset_bytes + last->size_bytes == in_region &&
-        last->image_offset_bytes + last->size_bytes == in_image) {
-      last->size_bytes += bytes;
-    } else {
-      chunk.push_back({in_region, in_image, bytes});
-    }
-    room -= bytes;
-    next_offset_ += bytes;
-    if (next_offset_ == piece.size_bytes) {
-      ++next_piece_;
-      next_offset_ = 0;
-    }
-  }
-  return chunk;
+void Ticket::throw_cancelled() const {
+  throw TransferCancelled(concat("the transfer was cancelled after ", bytes_done_.load(), " of ",
+                                 total_bytes(), " bytes"));
+}
+
+void Ticket::leave_queue() {
+  waiting().erase(key_);
+  std::erase_if(queue_->gated, [&](auto const& ticket) { return ticket.get() == this; });
 }
 
 void Ticket::end(TicketState state) {
+  auto& outcomes = queue_->outcomes[static_cast<std::size_t>(direction_)];
+  if (state == TicketState::kDone) {
+    ++outcomes.num_done;
+    if (queue_->driver->time().now() > key_.deadline) ++outcomes.num_late;
+  } else {
+    ++(state == TicketState::kFailed ? outcomes.num_failed : outcomes.num_cancelled);
+  }
+  submitted_.clear();
   state_ = state;
   changed_.notify_all();
 }
