@@ -17,6 +17,7 @@ from aegaeon_kernels.host_image import HostImage
 from aegaeon_kernels.host_memory import HostMemory, HostPool, HostPoolStats
 from aegaeon_kernels.kv_layout import KVLayout
 from aegaeon_kernels.prefetch import Prefetcher, PrefetchStats, Ticket, TicketState
+from aegaeon_kernels.torch_pool import TorchPool, TorchPoolStats
 
 __all__ = [
     "Arena",
@@ -37,5 +38,7 @@ __all__ = [
     "Region",
     "Ticket",
     "TicketState",
+    "TorchPool",
+    "TorchPoolStats",
     "TransferCancelled",
 ]

@@ -10,6 +10,9 @@ int main(int argc, char** argv) {
       {"arena_threads", arena_threads},
       {"faults", faults},
       {"host_driver_random", host_driver_random},
+      {"suballocator_random", suballocator_random},
+      {"torch_pool_random", torch_pool_random},
+      {"torch_pool_threads", torch_pool_threads},
       {"transfers_random", transfers_random},
   };
   std::vector<std::string> names(argv + 1, argv + argc);

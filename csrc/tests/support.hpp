@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <cstring>
 #include <functional>
+#include <limits>
 #include <map>
 #include <random>
 #include <source_location>
@@ -53,6 +54,9 @@ void arena_random();
 void arena_threads();
 void faults();
 void host_driver_random();
+void suballocator_random();
+void torch_pool_random();
+void torch_pool_threads();
 void transfers_random();
 
 }  // namespace aegaeon::tests
