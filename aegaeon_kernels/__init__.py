@@ -4,13 +4,25 @@ Knows bytes, addresses, streams and layouts; never a request, a model or an engi
 needs no GPU, no driver and no torch.
 """
 
-from aegaeon_kernels.arena import Arena, ArenaStats, Device, Region
+from aegaeon_kernels.arena import (
+    Arena,
+    ArenaStats,
+    Device,
+    Hooks,
+    MapStep,
+    Region,
+    Transaction,
+    UnmapStep,
+)
 from aegaeon_kernels.errors import (
     DriverError,
     Error,
+    Evictable,
     IntegrityError,
     LifecycleError,
     OutOfMemory,
+    RegionRange,
+    Shortage,
     TransferCancelled,
 )
 from aegaeon_kernels.host_image import HostImage
@@ -25,6 +37,8 @@ __all__ = [
     "Device",
     "DriverError",
     "Error",
+    "Evictable",
+    "Hooks",
     "HostImage",
     "HostMemory",
     "HostPool",
@@ -32,13 +46,18 @@ __all__ = [
     "IntegrityError",
     "KVLayout",
     "LifecycleError",
+    "MapStep",
     "OutOfMemory",
     "PrefetchStats",
     "Prefetcher",
     "Region",
+    "RegionRange",
+    "Shortage",
     "Ticket",
     "TicketState",
     "TorchPool",
     "TorchPoolStats",
+    "Transaction",
     "TransferCancelled",
+    "UnmapStep",
 ]

@@ -1,4 +1,4 @@
-"""Device, Arena, Region: physical memory that moves between stable address ranges.
+"""Device, Arena, Region, Transaction: physical memory that moves between stable address ranges.
 
 This module knows bytes, addresses and owners' names. It does not know what is stored in them.
 """
@@ -6,18 +6,27 @@ This module knows bytes, addresses and owners' names. It does not know what is s
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from aegaeon_kernels import _C
 from aegaeon_kernels._dlpack import as_torch, wants_versioned
+from aegaeon_kernels.errors import Shortage
 
 if TYPE_CHECKING:
     import torch
 
 CUDA_LIBRARY = "libcuda.so.1"
+
+Contents = Literal["zero", "poison", "preserve"]
+_CONTENTS = {
+    "zero": _C.Contents.ZERO,
+    "poison": _C.Contents.POISON,
+    "preserve": _C.Contents.PRESERVE,
+}
 
 
 class Device:
@@ -103,6 +112,90 @@ class ArenaStats:
         return sum(self.owners.values())
 
 
+@dataclass(frozen=True)
+class MapStep:
+    """Back a range of a region with memory; see Region.map()."""
+
+    region: Region
+    offset_bytes: int = 0
+    size_bytes: int | None = None
+    contents: Contents = "zero"
+    read_only: bool = False
+
+    def _native(self) -> _C.Step:
+        _require_not_negative("offset_bytes", self.offset_bytes)
+        _require_not_negative("size_bytes", self.size_bytes)
+        if self.contents not in _CONTENTS:
+            raise ValueError(f"contents={self.contents!r} is none of {', '.join(_CONTENTS)}")
+        return _C.Step.map(
+            self.region._region,
+            offset_bytes=self.offset_bytes,
+            size_bytes=self.size_bytes,
+            contents=_CONTENTS[self.contents],
+            read_only=self.read_only,
+        )
+
+
+@dataclass(frozen=True)
+class UnmapStep:
+    """Take the memory of a range of a region away; see Region.unmap()."""
+
+    region: Region
+    offset_bytes: int = 0
+    size_bytes: int | None = None
+
+    def _native(self) -> _C.Step:
+        _require_not_negative("offset_bytes", self.offset_bytes)
+        _require_not_negative("size_bytes", self.size_bytes)
+        return _C.Step.unmap(
+            self.region._region, offset_bytes=self.offset_bytes, size_bytes=self.size_bytes
+        )
+
+
+Step = MapStep | UnmapStep
+
+
+class Transaction:
+    """A plan under construction: the steps are checked and done when the block is left.
+
+    Made by Arena.transaction(). Nothing happens when the block raises.
+    """
+
+    def __init__(self, arena: Arena) -> None:
+        self._arena = arena
+        self.steps: list[Step] = []
+
+    def map(
+        self,
+        region: Region,
+        offset_bytes: int = 0,
+        size_bytes: int | None = None,
+        *,
+        contents: Contents = "zero",
+        read_only: bool = False,
+    ) -> None:
+        self.steps.append(MapStep(region, offset_bytes, size_bytes, contents, read_only))
+
+    def unmap(self, region: Region, offset_bytes: int = 0, size_bytes: int | None = None) -> None:
+        self.steps.append(UnmapStep(region, offset_bytes, size_bytes))
+
+    def check(self) -> Shortage | None:
+        """Whether the budget admits the steps so far; see Arena.check()."""
+        return self._arena.check(self.steps)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self._arena.commit(self.steps)
+
+
 class Arena:
     """The physical memory of a device as handles that are created once and move between regions.
 
@@ -110,19 +203,27 @@ class Arena:
                     created before it is mapped.
     handle_bytes:   size of the large handles, the unit in which memory moves; heads and tails of a
                     mapping use handles of the granularity. None: a power of two near
-                    capacity / 256, between the granularity and 64 MiB.
+                    capacity / 256, between the granularity and 128 MiB.
+    poison:         fill with 0xff (a NaN in bf16, fp16, fp32 and fp8-e4m3) whatever is not zeroed
+                    when it is mapped, also where the caller says "preserve": then reading bytes
+                    that nobody has written shows. For tests and debugging.
 
     Safe to use from several threads. A context manager: leaving it closes it.
     """
 
     def __init__(
-        self, device: Device, *, capacity_bytes: int, handle_bytes: int | None = None
+        self,
+        device: Device,
+        *,
+        capacity_bytes: int,
+        handle_bytes: int | None = None,
+        poison: bool = False,
     ) -> None:
         for name, value in (("capacity_bytes", capacity_bytes), ("handle_bytes", handle_bytes)):
             _require_not_negative(name, value)
         self.device = device
         self._arena = _C.Arena(
-            device._driver, capacity_bytes=capacity_bytes, handle_bytes=handle_bytes
+            device._driver, capacity_bytes=capacity_bytes, handle_bytes=handle_bytes, poison=poison
         )
 
     @property
@@ -142,15 +243,56 @@ class Arena:
         _require_not_negative("size_bytes", size_bytes)
         return Region(self, self._arena.reserve(size_bytes=size_bytes, owner=owner, tag=tag))
 
-    def set_limit(self, owner: str, min_bytes: int = 0, max_bytes: int | None = None) -> None:
+    def transaction(self) -> Transaction:
+        """Several maps and unmaps that happen as one, when the block is left:
+
+        with arena.transaction() as tx:
+            tx.unmap(a)
+            tx.map(b, contents="preserve")
+        """
+        return Transaction(self)
+
+    def commit(self, steps: Iterable[Step]) -> None:
+        """Do all steps, in order, or none of them.
+
+        The plan is checked and admitted against the budget before the first driver call, counting
+        what each step frees and takes; then unmapped regions' recorded work is waited for and
+        their before_unmap hooks run. Contents are filled when everything is mapped. When a driver
+        call fails, the steps done are undone in reverse: the same handles return to the same
+        places, with their bytes and their access.
+
+        Raises ValueError and LifecycleError (a step that does not fit the state the ones before it
+        leave, a region in use), OutOfMemory (with `shortage`), DriverError: everything is as
+        before, but for what its `quarantined` and `lost_contents` name. An error of an after_map
+        hook is raised when everything is done, and undoes nothing.
+        """
+        self._arena.commit([step._native() for step in steps])
+
+    def check(self, steps: Iterable[Step]) -> Shortage | None:
+        """What commit() would lack for these steps; None when the budget admits them.
+
+        Raises ValueError and LifecycleError as commit() does.
+        """
+        shortage: Shortage | None = self._arena.check([step._native() for step in steps])
+        return shortage
+
+    def set_limit(
+        self,
+        owner: str,
+        min_bytes: int = 0,
+        max_bytes: int | None = None,
+        *,
+        pinned: bool = False,
+    ) -> None:
         """Keep min_bytes available to the owner (all tags together), allow it max_bytes at most.
 
         A maximum below what it holds now takes nothing away; it only stops further mappings.
+        pinned: a Shortage never proposes to evict it. Replaces the owner's earlier limit.
         Raises ValueError when min > max, or when all minima together exceed the capacity.
         """
         for name, value in (("min_bytes", min_bytes), ("max_bytes", max_bytes)):
             _require_not_negative(name, value)
-        self._arena.set_limit(owner=owner, min_bytes=min_bytes, max_bytes=max_bytes)
+        self._arena.set_limit(owner=owner, min_bytes=min_bytes, max_bytes=max_bytes, pinned=pinned)
 
     def stats(self) -> ArenaStats:
         native = self._arena.stats()
@@ -159,8 +301,9 @@ class Arena:
     def close(self) -> None:
         """Close all regions, release all memory. Does nothing when closed already.
 
-        Raises LifecycleError, before anything is done, while a transfer on a region is in flight,
-        and DriverError: then what is closed stays closed, and close() may be called again.
+        Raises LifecycleError, before anything is done, while a region is held or a transfer on it
+        is in flight, and DriverError: then what is closed stays closed, and close() may be called
+        again.
         """
         self._arena.close()
 
@@ -223,38 +366,117 @@ class Region:
         """The mapped parts as (offset_bytes, size_bytes), neighbours joined, in order."""
         return self._region.mapped_ranges()
 
-    def map(self, offset_bytes: int = 0, size_bytes: int | None = None) -> None:
+    def read_only_ranges(self) -> list[tuple[int, int]]:
+        """The parts mapped read-only, whether or not a window for writing is open just now."""
+        return self._region.read_only_ranges()
+
+    def map(
+        self,
+        offset_bytes: int = 0,
+        size_bytes: int | None = None,
+        *,
+        contents: Contents = "zero",
+        read_only: bool = False,
+    ) -> None:
         """Back a range with physical memory (None: up to the end): all of it, or none on any error.
 
-        The contents are undefined: another owner's old bytes, unless the caller overwrites them.
+        contents: what the range shows first. "zero": nothing of another owner; memory that is not
+                  this owner's already, or comes from a device that does not promise zeros, is
+                  zeroed. "preserve": whatever it holds; the caller's promise to overwrite all that
+                  is later read. "poison": 0xff throughout.
+        read_only: writing is a fault outside of writable().
         Large handles lie at multiples of the arena's handle_bytes, which are therefore always
         places where unmap may cut.
         Raises ValueError, OutOfMemory (who holds what, what is missing), DriverError,
         LifecycleError (closed, or part of the range is mapped already).
         """
-        _require_not_negative("offset_bytes", offset_bytes)
-        _require_not_negative("size_bytes", size_bytes)
-        self._region.map(offset_bytes=offset_bytes, size_bytes=size_bytes)
+        self.arena.commit([MapStep(self, offset_bytes, size_bytes, contents, read_only)])
 
     def unmap(self, offset_bytes: int = 0, size_bytes: int | None = None) -> None:
         """Take the memory of a range away (None: all that is mapped from the offset on).
 
-        The memory goes back to the arena. The device must be done with it: nothing here waits for
-        kernels in flight. Raises ValueError, DriverError (all is mapped as before), LifecycleError
-        (closed; not mapped; a cut through a handle; a transfer on the region is in flight).
+        The memory goes back to the arena. Waits for the work that record() has noted, and for no
+        other: the device must be done with the range. Raises ValueError, DriverError (all is mapped
+        as before), LifecycleError (closed; not mapped; a cut through a handle; held; a transfer on
+        the region is in flight).
         """
-        _require_not_negative("offset_bytes", offset_bytes)
-        _require_not_negative("size_bytes", size_bytes)
-        self._region.unmap(offset_bytes=offset_bytes, size_bytes=size_bytes)
+        self.arena.commit([UnmapStep(self, offset_bytes, size_bytes)])
 
     def close(self) -> None:
         """Unmap everything and give the address range up. Does nothing when closed already.
 
-        While tensors over the region live, the range stays reserved: using them then is a fault,
-        never somebody else's bytes. Raises LifecycleError (a transfer is in flight), DriverError
-        (all is as before).
+        Waits like unmap(). While tensors over the region live, the range stays reserved: using them
+        then is a fault, never somebody else's bytes. Raises LifecycleError (held, a transfer is in
+        flight), DriverError (all is as before).
         """
         self._region.close()
+
+    def protect(
+        self, offset_bytes: int = 0, size_bytes: int | None = None, *, read_only: bool = True
+    ) -> None:
+        """Make a mapped range read-only, or writable again (None: all mapped from the offset on).
+
+        Cuts only where unmap may. While a window is open or a transfer that writes is in flight,
+        the memory stays writable. Raises ValueError, LifecycleError, DriverError (all as before).
+        """
+        _require_not_negative("offset_bytes", offset_bytes)
+        _require_not_negative("size_bytes", size_bytes)
+        self._region.protect(offset_bytes=offset_bytes, size_bytes=size_bytes, read_only=read_only)
+
+    @contextmanager
+    def writable(self) -> Iterator[Self]:
+        """A window in which read-only parts can be written, to load them. Windows may nest.
+
+        A transfer that begins in a window keeps the memory writable until it ends. Raises
+        LifecycleError (closed) and DriverError; when that comes at the end of the window, the
+        memory stays writable until the next window or protect() ends well.
+        """
+        self._region.open_window()
+        try:
+            yield self
+        finally:
+            self._region.close_window()
+
+    def record(self, stream: int) -> None:
+        """Note that work submitted to the stream so far uses the region's memory.
+
+        unmap(), close() and transactions that unmap wait until that work is over, and never for the
+        whole device. stream: a raw CUstream (torch: Stream.cuda_stream) or a driver's stream id.
+        Raises LifecycleError (closed; the stream is being captured into a graph), DriverError.
+        """
+        self._region.record(stream)
+
+    @contextmanager
+    def hold(self, reason: str) -> Iterator[Self]:
+        """Inside the block unmap() and close() refuse: a graph replay in flight, a registration.
+
+        reason: what their LifecycleError says. Raises LifecycleError (closed).
+        """
+        hold = self._region.hold(reason)
+        try:
+            yield self
+        finally:
+            hold.end()
+
+    def add_hooks(
+        self, *, before_unmap: Hook | None = None, after_map: Hook | None = None
+    ) -> Hooks:
+        """Call these when memory goes and comes: for NCCL registrations, RDMA, dma-bufs.
+
+        before_unmap(region, offset_bytes, size_bytes): for every run of mappings that is about to
+        go, before anything changes; raising aborts the operation. after_map(...): for every run
+        that has been mapped; also for what stays mapped when the operation failed after
+        before_unmap, which has to be registered again. Both run on the thread that maps or unmaps,
+        without a lock. The region lives until it is closed or its hooks are removed.
+        """
+
+        def bound(hook: Hook | None) -> Callable[[int, int], None] | None:
+            return None if hook is None else lambda offset, size: hook(self, offset, size)
+
+        hook_id = self._region.add_hooks(
+            before_unmap=bound(before_unmap), after_map=bound(after_map)
+        )
+        return Hooks(self._region, hook_id)
 
     def tensor(
         self, shape: Sequence[int], dtype: torch.dtype, offset_bytes: int = 0
@@ -305,6 +527,21 @@ class Region:
             f"Region({self.owner!r}, {self.tag!r}, address={self.address:#x}, "
             f"size_bytes={self.size_bytes}, mapped_bytes={self.mapped_bytes})"
         )
+
+
+Hook = Callable[[Region, int, int], None]
+
+
+class Hooks:
+    """What Region.add_hooks() returns: remove() takes the hooks away again."""
+
+    def __init__(self, native: _C.Region, hook_id: int) -> None:
+        self._region = native
+        self._id = hook_id
+
+    def remove(self) -> None:
+        """They are not called any more. Does nothing when removed already, or closed."""
+        self._region.remove_hooks(self._id)
 
 
 def _require_not_negative(name: str, value: int | None) -> None:

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdio>
+#include <memory>
 #include <source_location>
 #include <sstream>
 #include <stdexcept>
@@ -20,16 +21,30 @@ struct Error : std::runtime_error {
   using runtime_error::runtime_error;
 };
 
+// A part of a region, by its names.
+struct RegionRange {
+  std::string owner;
+  std::string tag;
+  std::size_t offset_bytes = 0;
+  std::size_t size_bytes = 0;
+};
+
 struct DriverError : Error {
   DriverError(std::string const& message, std::string call_, int code_, std::size_t bytes_)
       : Error(message), call(std::move(call_)), code(code_), bytes(bytes_) {}
   std::string call;
   int code;
   std::size_t bytes;
+  // Where the way back failed too. Empty: all is as before.
+  std::vector<RegionRange> quarantined;    // no longer mapped, for the driver refused
+  std::vector<RegionRange> lost_contents;  // the bytes are gone, mapped or not
 };
+
+struct Shortage;
 
 struct OutOfMemory : DriverError {
   using DriverError::DriverError;
+  std::shared_ptr<Shortage const> shortage;  // null: the device itself is out of memory
 };
 
 struct LifecycleError : Error {

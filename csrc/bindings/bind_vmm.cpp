@@ -1,3 +1,5 @@
+#include <pybind11/functional.h>
+#include <pybind11/native_enum.h>
 #include <pybind11/stl.h>
 
 #include "bindings/bindings.hpp"
@@ -14,6 +16,26 @@ py::capsule region_dlpack(Region& self, std::size_t offset_bytes, std::vector<st
   }
   return make_dlpack(self.arena()->driver().get(), self.address() + offset_bytes, std::move(shape),
                      {type_code, type_bits}, versioned, false, std::move(keep));
+}
+
+std::vector<std::pair<std::size_t, std::size_t>> pairs(std::vector<Range> const& ranges) {
+  std::vector<std::pair<std::size_t, std::size_t>> pairs;
+  for (auto const& range : ranges) pairs.emplace_back(range.offset_bytes, range.size_bytes);
+  return pairs;
+}
+
+// Hooks run with the GIL, which the call of a Python function takes by itself.
+using PythonHook = std::function<void(std::size_t, std::size_t)>;
+
+Region::Hook native_hook(std::optional<PythonHook> hook) {
+  if (!hook) return {};
+  return
+      [hook = *std::move(hook)](Range const& range) { hook(range.offset_bytes, range.size_bytes); };
+}
+
+std::uint64_t add_hooks(Region& self, std::optional<PythonHook> before_unmap,
+                        std::optional<PythonHook> after_map) {
+  return self.add_hooks(native_hook(std::move(before_unmap)), native_hook(std::move(after_map)));
 }
 
 }  // namespace
@@ -43,39 +65,83 @@ void bind_vmm(py::module_& module) {
       .def_property_readonly("total_converted",
                              [](ArenaStats const& self) { return self.pool.total_converted; });
 
-  py::class_<Arena, std::shared_ptr<Arena>> arena(module, "Arena");
-  py::class_<Region, std::shared_ptr<Region>> region(module, "Region");
+  // The end of a region may have to wait for the device, and that of either for a lock.
+  py::class_<Arena, std::shared_ptr<Arena>> arena(module, "Arena",
+                                                  py::release_gil_before_calling_cpp_dtor());
+  py::class_<Region, std::shared_ptr<Region>> region(module, "Region",
+                                                     py::release_gil_before_calling_cpp_dtor());
+  py::native_enum<Contents>(module, "Contents", "enum.Enum")
+      .value("ZERO", Contents::kZero)
+      .value("POISON", Contents::kPoison)
+      .value("PRESERVE", Contents::kPreserve)
+      .finalize();
+  py::class_<Step>(module, "Step")
+      .def_static(
+          "map",
+          [](std::shared_ptr<Region> target, std::size_t offset_bytes,
+             std::optional<std::size_t> size_bytes, Contents contents, bool read_only) {
+            return Step{Step::Kind::kMap, std::move(target), offset_bytes,
+                        size_bytes,       contents,          read_only};
+          },
+          py::arg("region"), py::kw_only(), py::arg("offset_bytes"), py::arg("size_bytes"),
+          py::arg("contents"), py::arg("read_only"))
+      .def_static(
+          "unmap",
+          [](std::shared_ptr<Region> target, std::size_t offset_bytes,
+             std::optional<std::size_t> size_bytes) {
+            return Step{.kind = Step::Kind::kUnmap,
+                        .region = std::move(target),
+                        .offset_bytes = offset_bytes,
+                        .size_bytes = size_bytes};
+          },
+          py::arg("region"), py::kw_only(), py::arg("offset_bytes"), py::arg("size_bytes"));
+  py::class_<Region::Hold>(module, "Hold", py::release_gil_before_calling_cpp_dtor())
+      .def("end", &Region::Hold::end, ReleaseGil());
+
   arena
-      .def(py::init<std::shared_ptr<Driver>, std::size_t, std::optional<std::size_t>>(),
-           py::arg("driver"), py::kw_only(), py::arg("capacity_bytes"), py::arg("handle_bytes"))
+      .def(py::init<std::shared_ptr<Driver>, std::size_t, std::optional<std::size_t>, bool>(),
+           py::arg("driver"), py::kw_only(), py::arg("capacity_bytes"), py::arg("handle_bytes"),
+           py::arg("poison"))
       .def("reserve", &Arena::reserve, py::kw_only(), py::arg("size_bytes"), py::arg("owner"),
            py::arg("tag"), ReleaseGil())
       .def("set_limit", &Arena::set_limit, py::kw_only(), py::arg("owner"), py::arg("min_bytes"),
-           py::arg("max_bytes"), ReleaseGil())
+           py::arg("max_bytes"), py::arg("pinned"), ReleaseGil())
+      .def("commit", &Arena::commit, py::arg("steps"), ReleaseGil())
+      .def(
+          "check",
+          [](Arena& self, std::vector<Step> steps) -> py::object {
+            std::optional<Shortage> shortage;
+            {
+              py::gil_scoped_release unlocked;  // another thread may hold the mutex for long
+              shortage = self.check(std::move(steps));
+            }
+            return shortage ? shortage_as_python(*shortage) : py::none();
+          },
+          py::arg("steps"))
       .def("stats", &Arena::stats, ReleaseGil())
       .def("close", &Arena::close, ReleaseGil())
       .def_property_readonly("driver", &Arena::driver)
       .def_property_readonly("capacity_bytes", &Arena::capacity_bytes)
       .def_property_readonly("handle_bytes", &Arena::handle_bytes);
 
-  region
-      .def("map", &Region::map, py::kw_only(), py::arg("offset_bytes"), py::arg("size_bytes"),
+  region.def("close", &Region::close, ReleaseGil())
+      .def("protect", &Region::protect, py::kw_only(), py::arg("offset_bytes"),
+           py::arg("size_bytes"), py::arg("read_only"), ReleaseGil())
+      .def("open_window", &Region::open_window, ReleaseGil())
+      .def("close_window", &Region::close_window, ReleaseGil())
+      .def("record", &Region::record, py::arg("stream"), ReleaseGil())
+      .def("hold", &Region::hold, py::arg("reason"), ReleaseGil())
+      .def("add_hooks", &add_hooks, py::kw_only(), py::arg("before_unmap"), py::arg("after_map"),
            ReleaseGil())
-      .def("unmap", &Region::unmap, py::kw_only(), py::arg("offset_bytes"), py::arg("size_bytes"),
-           ReleaseGil())
-      .def("close", &Region::close, ReleaseGil())
+      .def("remove_hooks", &Region::remove_hooks, py::arg("id"), ReleaseGil())
       .def_property_readonly("address", &Region::address)
       .def_property_readonly("size_bytes", &Region::size_bytes)
       .def_property_readonly("mapped_bytes", &Region::mapped_bytes)
       .def(
-          "mapped_ranges",
-          [](Region const& self) {
-            std::vector<std::pair<std::size_t, std::size_t>> ranges;
-            for (auto const& range : self.mapped_ranges()) {
-              ranges.emplace_back(range.offset_bytes, range.size_bytes);
-            }
-            return ranges;
-          },
+          "mapped_ranges", [](Region const& self) { return pairs(self.mapped_ranges()); },
+          ReleaseGil())
+      .def(
+          "read_only_ranges", [](Region const& self) { return pairs(self.read_only_ranges()); },
           ReleaseGil())
       .def_property_readonly("generation", &Region::generation)
       .def_property_readonly("closed", &Region::closed)

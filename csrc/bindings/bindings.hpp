@@ -25,6 +25,7 @@ void bind_torch(py::module_& module);
 void bind_transfer(py::module_& module);
 void bind_vmm(py::module_& module);
 void register_errors();
+py::object shortage_as_python(Shortage const& shortage);
 
 // A DLPack capsule of a C-contiguous tensor; `keep` lives as long as the tensor does.
 struct DLPackType {

@@ -95,11 +95,11 @@ std::shared_ptr<Ticket> Prefetcher::submit(Direction direction, std::shared_ptr<
       std::move(options.layer_ends), image->size_bytes(), region->size_bytes());
   TransferHolds holds;
   if (direction == Direction::kStore) holds.writer = image->write();
-  holds.region_use = region->use(order.in_region());
+  holds.region_use = region->use(order.in_region(), direction == Direction::kLoad);
   holds.image = std::move(image);
   std::shared_ptr<Event> gate;
   if (options.after) {
-    require_no_capture(*driver_, *options.after);
+    require_no_capture(*driver_, *options.after, "order transfers outside of it");
     gate = std::make_shared<Event>(driver_);
     check(*driver_, driver_->event_record(gate->id(), *options.after), "event_record");
   }

@@ -17,9 +17,9 @@
 #include <sys/types.h>
 
 #include "driver/driver.hpp"
+#include "driver/stream.hpp"
 #include "transfer/duration_histogram.hpp"
 #include "transfer/rate_limit.hpp"
-#include "transfer/stream.hpp"
 #include "transfer/ticket.hpp"
 
 namespace aegaeon {

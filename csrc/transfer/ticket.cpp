@@ -95,7 +95,7 @@ bool Ticket::wait_changed(std::optional<Clock::time_point> deadline, Reached rea
 
 void Ticket::wait_on_stream(StreamId stream, std::size_t bytes) {
   auto& driver = *queue_->driver;
-  require_no_capture(driver, stream);
+  require_no_capture(driver, stream, "order transfers outside of it");
   std::unique_lock lock(queue_->mutex);
   if (bytes_done_ >= bytes) return;
   if (error_) std::rethrow_exception(error_);

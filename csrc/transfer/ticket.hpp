@@ -18,8 +18,8 @@
 #include <vector>
 
 #include "driver/clock.hpp"
+#include "driver/stream.hpp"
 #include "transfer/host_image.hpp"
-#include "transfer/stream.hpp"
 #include "transfer/transfer_order.hpp"
 #include "vmm/arena.hpp"
 

@@ -5,11 +5,12 @@
 #include <utility>
 
 #include "error.hpp"
+#include "vmm/transaction.hpp"
 
 namespace aegaeon {
 namespace {
 
-constexpr std::size_t kLargestChosenHandle = std::size_t{64} << 20;
+constexpr std::size_t kLargestChosenHandle = std::size_t{128} << 20;
 
 std::size_t choose_handle_bytes(std::size_t granularity, std::size_t capacity) {
   auto wanted = std::bit_floor(std::max<std::size_t>(capacity / 256, 1));
@@ -41,10 +42,11 @@ std::size_t checked_handle(Driver const& driver, std::size_t capacity,
 }  // namespace
 
 Arena::Arena(std::shared_ptr<Driver> driver, std::size_t capacity_bytes,
-             std::optional<std::size_t> handle_bytes)
+             std::optional<std::size_t> handle_bytes, bool poison)
     : driver_(std::move(driver)),
       capacity_(checked_capacity(*driver_, capacity_bytes)),
       handle_bytes_(checked_handle(*driver_, capacity_, handle_bytes)),
+      poison_(poison),
       pool_(driver_, capacity_, handle_bytes_) {}
 
 Arena::~Arena() = default;
@@ -60,11 +62,11 @@ std::shared_ptr<Region> Arena::reserve(std::size_t size_bytes, std::string owner
   if (closed_) throw LifecycleError("reserve on a closed arena");
   // The entry first: a region that existed and could not be entered would end here, under the mutex
   // its destructor takes.
-  auto entry = regions_.try_emplace(next_region_id_++).first;
+  auto entry = regions_.try_emplace(next_id_++, nullptr).first;
   try {
     auto region = std::make_shared<Region>(shared_from_this(), entry->first, size_bytes,
                                            std::move(owner), std::move(tag));
-    entry->second = region;
+    entry->second = region.get();
     return region;
   } catch (...) {
     regions_.erase(entry);
@@ -72,8 +74,16 @@ std::shared_ptr<Region> Arena::reserve(std::size_t size_bytes, std::string owner
   }
 }
 
+void Arena::commit(std::vector<Step> steps) {
+  if (!steps.empty()) Transaction(*this, std::move(steps)).commit();
+}
+
+std::optional<Shortage> Arena::check(std::vector<Step> steps) {
+  return Transaction(*this, std::move(steps)).check();
+}
+
 void Arena::set_limit(std::string const& owner, std::size_t min_bytes,
-                      std::optional<std::size_t> max_bytes) {
+                      std::optional<std::size_t> max_bytes, bool pinned) {
   if (max_bytes && *max_bytes < min_bytes) {
     throw std::invalid_argument(
         concat("limit of '", owner, "': max_bytes=", *max_bytes, " < min_bytes=", min_bytes));
@@ -88,10 +98,10 @@ void Arena::set_limit(std::string const& owner, std::size_t min_bytes,
                                        human_bytes(guaranteed), ", more than the capacity of ",
                                        human_bytes(capacity_)));
   }
-  if (min_bytes == 0 && !max_bytes) {
+  if (min_bytes == 0 && !max_bytes && !pinned) {
     limits_.erase(owner);
   } else {
-    limits_[owner] = {.min_bytes = min_bytes, .max_bytes = max_bytes};
+    limits_[owner] = {.min_bytes = min_bytes, .max_bytes = max_bytes, .pinned = pinned};
   }
 }
 
@@ -100,7 +110,7 @@ ArenaStats Arena::stats() const {
   return {.owners = ledger_,
           .capacity_bytes = capacity_,
           .free_bytes = free_bytes(),
-          .quarantined_bytes = quarantined_,
+          .quarantined_bytes = quarantined_bytes_,
           .handle_bytes = handle_bytes_,
           .num_regions = regions_.size(),
           .pool = pool_.stats()};
@@ -111,60 +121,33 @@ void Arena::close() {
   {
     std::lock_guard lock(mutex_);
     if (closed_) return;
-    for (auto const& [id, weak] : regions_) {
-      if (auto region = weak.lock()) open.push_back(std::move(region));
+    open.reserve(regions_.size());
+    for (auto const& [id, region] : regions_) {
+      if (auto alive = region->weak_from_this().lock()) open.push_back(std::move(alive));
     }
     for (auto const& region : open) region->require_unused("close");
   }
   for (auto const& region : open) region->close();
-  std::lock_guard lock(mutex_);
+  Lock lock(mutex_);
   // Regions reserved meanwhile by another thread are that thread's mistake, not a leak.
   if (owned_ != 0) throw LifecycleError("a region was mapped while the arena was being closed");
-  for (auto& mapping : lost_) {
-    if (!mapping.mapped()) continue;
-    check(*driver_, mapping.unmap(), "mem_unmap", mapping.bytes());
-    quarantined_ -= mapping.bytes();
-    pool_.give(mapping.memory(), {});
+  confirm_fills(lock);
+  heal();
+  for (auto const& held : quarantine_) {
+    aegaeon::check(*driver_, held.last, "mem_unmap", held.mapping.bytes());
   }
-  lost_.clear();
   pool_.release_free();
+  if (fill_stream_) aegaeon::check(*driver_, fill_stream_->destroy(), "stream_destroy");
+  fill_stream_.reset();
+  while (!free_events_.empty()) {
+    aegaeon::check(*driver_, free_events_.back()->destroy(), "event_destroy");
+    free_events_.pop_back();
+  }
   closed_ = true;
 }
 
-void Arena::admit(Region const& region, std::size_t bytes) const {
-  auto const& owner = region.owner();
-  auto attempt = [&](std::size_t missing, std::string const& reason) {
-    return OutOfMemory(
-        concat("cannot map ", human_bytes(bytes), " for ", region.title(), " on ", driver_->name(),
-               ": ", reason, "; ", human_bytes(missing), " missing. ", holders()),
-        "map", kDriverOutOfMemory, bytes);
-  };
-  auto limit = limits_.find(owner);
-  if (limit != limits_.end() && limit->second.max_bytes) {
-    auto allowed = *limit->second.max_bytes;
-    auto held = owned_by(owner);
-    if (held + bytes > allowed) {
-      throw attempt(held + bytes - allowed, concat("'", owner, "' holds ", human_bytes(held),
-                                                   " of at most ", human_bytes(allowed)));
-    }
-  }
-  std::size_t kept_for_others = 0;
-  for (auto const& [other, other_limit] : limits_) {
-    auto held = owned_by(other);
-    if (other != owner && held < other_limit.min_bytes) {
-      kept_for_others += other_limit.min_bytes - held;
-    }
-  }
-  auto available = free_bytes() - std::min(free_bytes(), kept_for_others);
-  if (bytes <= available) return;
-  auto reason = concat(human_bytes(free_bytes()), " of ", human_bytes(capacity_), " free");
-  if (kept_for_others != 0) {
-    reason += concat(", of which ", human_bytes(kept_for_others), " kept for other owners' minima");
-  }
-  throw attempt(bytes - available, reason);
-}
-
 void Arena::charge(Region const& region, std::size_t bytes) {
+  if (bytes == 0) return;
   ledger_[{region.owner(), region.tag()}] += bytes;
   owned_ += bytes;
 }
@@ -177,17 +160,8 @@ void Arena::discharge(Region const& region, std::size_t bytes) noexcept {
   if (found->second == 0) ledger_.erase(found);
 }
 
-std::size_t Arena::owned_by(std::string const& owner) const {
-  std::size_t sum = 0;
-  for (auto it = ledger_.lower_bound({owner, ""}); it != ledger_.end() && it->first.first == owner;
-       ++it) {
-    sum += it->second;
-  }
-  return sum;
-}
-
 std::size_t Arena::free_bytes() const noexcept {
-  return capacity_ - owned_ - quarantined_;
+  return capacity_ - owned_ - quarantined_bytes_;
 }
 
 std::string Arena::holders() const {
@@ -200,8 +174,66 @@ std::string Arena::holders() const {
                    [](auto const& a, auto const& b) { return a.first > b.first; });
   std::string text = "Held: ";
   for (std::size_t i = 0; i < lines.size(); ++i) text += concat(i ? ", " : "", lines[i].second);
-  if (quarantined_ != 0) text += concat("; quarantined: ", human_bytes(quarantined_));
+  if (quarantined_bytes_ != 0) text += concat("; quarantined: ", human_bytes(quarantined_bytes_));
   return text;
+}
+
+void Arena::quarantine(Mapping mapping, bool filling) {
+  mapping.memory()->record.quarantined = true;
+  quarantined_bytes_ += mapping.bytes();
+  quarantine_.push_back({.mapping = std::move(mapping), .filling = filling});
+}
+
+void Arena::heal() {
+  std::erase_if(quarantine_, [&](Quarantined& held) {
+    auto& mapping = held.mapping;
+    if (held.filling) return false;
+    if (mapping.mapped()) held.last = mapping.unmap();
+    if (mapping.mapped()) return false;
+    mapping.memory()->record.quarantined = false;
+    quarantined_bytes_ -= mapping.bytes();
+    pool_.give(mapping.memory());
+    return true;
+  });
+}
+
+void Arena::require_not_quarantined(Region const& region, Range const& range) const {
+  for (auto const& held : quarantine_) {
+    auto const& mapping = held.mapping;
+    if (mapping.range() != region.range_ || mapping.offset() >= range.end() ||
+        mapping.offset() + mapping.bytes() <= range.offset_bytes) {
+      continue;
+    }
+    aegaeon::check(*driver_, held.last, "mem_unmap", mapping.bytes());
+  }
+}
+
+// Whether the device is done with fills that could not be waited for. Gives the lock up.
+void Arena::confirm_fills(Lock& lock) {
+  if (unconfirmed_fills_ == 0) return;
+  auto asked = unconfirmed_fills_;
+  auto stream = fill_stream_->id();
+  lock.unlock();
+  Result result = driver_->stream_synchronize(stream);
+  lock.lock();
+  if (unconfirmed_fills_ != asked) return;  // others have failed meanwhile, or it has been done
+  for (auto& held : quarantine_) {
+    if (held.filling) held.last = result;
+    if (result == kSuccess) held.filling = false;
+  }
+  if (result == kSuccess) unconfirmed_fills_ = 0;
+}
+
+StreamId Arena::fill_stream() {
+  if (!fill_stream_) fill_stream_ = std::make_unique<Stream>(driver_);
+  return fill_stream_->id();
+}
+
+std::shared_ptr<Event> Arena::take_event() {
+  if (free_events_.empty()) return std::make_shared<Event>(driver_);
+  auto event = std::move(free_events_.back());
+  free_events_.pop_back();
+  return event;
 }
 
 }  // namespace aegaeon

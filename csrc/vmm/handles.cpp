@@ -54,11 +54,13 @@ Mapping::~Mapping() {
 }
 
 Mapping::Mapping(Mapping&& other) noexcept
-    : driver_(std::move(other.driver_)),
+    : read_only(other.read_only),
+      driver_(std::move(other.driver_)),
       memory_(std::move(other.memory_)),
       range_(std::move(other.range_)),
       offset_(other.offset_),
-      mapped_(std::exchange(other.mapped_, false)) {}
+      mapped_(std::exchange(other.mapped_, false)),
+      access_(other.access_) {}
 
 Result Mapping::map() noexcept {
   Result result = driver_->mem_map(address(), bytes(), 0, memory_->handle());
@@ -68,46 +70,43 @@ Result Mapping::map() noexcept {
 
 Result Mapping::unmap() noexcept {
   Result result = driver_->mem_unmap(address(), bytes());
-  mapped_ = mapped_ && result != kSuccess;
+  if (result == kSuccess) mark_unmapped();
   return result;
+}
+
+Result Mapping::set_access(Access access) noexcept {
+  Result result = driver_->mem_set_access(address(), bytes(), access);
+  if (result == kSuccess) access_ = access;
+  return result;
+}
+
+void Mapping::mark_unmapped() noexcept {
+  mapped_ = false;
+  access_ = Access::kNone;
 }
 
 namespace {
 
-Address begin_of(Slots const& run) {
-  return run.begin()->second.address();
-}
-
-std::size_t bytes_of(Slots const& run) {
-  auto const& last = run.rbegin()->second;
-  return last.address() + last.bytes() - begin_of(run);
+std::size_t bytes_of(Slots::iterator begin, Slots::iterator end) {
+  auto const& last = std::prev(end)->second;
+  return last.address() + last.bytes() - begin->second.address();
 }
 
 }  // namespace
 
-Result set_run_access(Driver& driver, Slots const& run) noexcept {
-  return driver.mem_set_access(begin_of(run), bytes_of(run), Access::kReadWrite);
-}
-
-Result unmap_run(Driver& driver, Slots& run) noexcept {
-  Result result = driver.mem_unmap(begin_of(run), bytes_of(run));
+Result set_run_access(Driver& driver, Slots::iterator begin, Slots::iterator end,
+                      Access access) noexcept {
+  Result result = driver.mem_set_access(begin->second.address(), bytes_of(begin, end), access);
   if (result == kSuccess) {
-    for (auto& [offset, mapping] : run) mapping.mark_unmapped();
+    for (auto it = begin; it != end; ++it) it->second.mark_access(access);
   }
   return result;
 }
 
-Result restore_run(Driver& driver, Slots& run) noexcept {
-  Result result = kSuccess;
-  for (auto it = run.begin(); it != run.end() && result == kSuccess; ++it) {
-    result = it->second.map();
-  }
-  if (result == kSuccess) result = set_run_access(driver, run);
-  if (result != kSuccess) {
-    for (auto& [offset, mapping] : run) {
-      // What stays mapped is for the caller to see, by mapped().
-      if (mapping.mapped()) static_cast<void>(mapping.unmap());
-    }
+Result unmap_run(Driver& driver, Slots::iterator begin, Slots::iterator end) noexcept {
+  Result result = driver.mem_unmap(begin->second.address(), bytes_of(begin, end));
+  if (result == kSuccess) {
+    for (auto it = begin; it != end; ++it) it->second.mark_unmapped();
   }
   return result;
 }

@@ -3,8 +3,11 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <map>
 #include <memory>
+#include <optional>
+#include <string>
 
 #include "driver/driver.hpp"
 
@@ -19,8 +22,19 @@ class Allocation {
 
   // The undo call, for those who can act on its failure. Nothing is left to undo after success.
   Result release() noexcept;
+  [[nodiscard]] bool live() const noexcept { return live_; }
   [[nodiscard]] MemHandle handle() const noexcept { return handle_; }
   [[nodiscard]] std::size_t bytes() const noexcept { return bytes_; }
+
+  // What the arena knows about it; guarded by the arena's mutex.
+  struct Record {
+    std::uint64_t region_id = 0;  // where it was mapped last
+    std::size_t offset = 0;
+    std::optional<std::string> owner;  // whose bytes it may hold; none: as the driver made it
+    std::uint64_t pool_age = 0;        // its place among the free handles; 0: not free
+    bool quarantined = false;
+  };
+  Record record;
 
  private:
   std::shared_ptr<Driver> driver_;
@@ -59,14 +73,21 @@ class Mapping {
 
   Result map() noexcept;  // again, after an unmap; without access
   Result unmap() noexcept;
-  // It was undone by a call that covered its neighbours too.
-  void mark_unmapped() noexcept { mapped_ = false; }
+  Result set_access(Access access) noexcept;
+  // Done by a call that covered its neighbours too.
+  void mark_unmapped() noexcept;
+  void mark_access(Access access) noexcept { access_ = access; }
 
   [[nodiscard]] bool mapped() const noexcept { return mapped_; }
+  [[nodiscard]] Access access() const noexcept { return access_; }
   [[nodiscard]] Address address() const noexcept { return range_->address() + offset_; }
   [[nodiscard]] std::size_t offset() const noexcept { return offset_; }
   [[nodiscard]] std::size_t bytes() const noexcept { return memory_->bytes(); }
   [[nodiscard]] std::shared_ptr<Allocation> const& memory() const noexcept { return memory_; }
+  [[nodiscard]] std::shared_ptr<Reservation> const& range() const noexcept { return range_; }
+
+  // Its owner wants it read-only; while a window for writing is open, access() is more than that.
+  bool read_only = false;
 
  private:
   std::shared_ptr<Driver> driver_;
@@ -74,15 +95,35 @@ class Mapping {
   std::shared_ptr<Reservation> range_;
   std::size_t offset_;
   bool mapped_ = false;
+  Access access_ = Access::kNone;
 };
 
 // Mappings of one reservation by offset.
 using Slots = std::map<std::size_t, Mapping>;
 
-// These take neighbours that fill one range without a gap.
-Result set_run_access(Driver& driver, Slots const& run) noexcept;  // readable and writable
-Result unmap_run(Driver& driver, Slots& run) noexcept;             // one driver call
-// Maps an unmapped run as it was. On failure as much as the driver allows is unmapped again.
-Result restore_run(Driver& driver, Slots& run) noexcept;
+// A run: neighbours that fill one range without a gap. One driver call for all of them.
+Result set_run_access(Driver& driver, Slots::iterator begin, Slots::iterator end,
+                      Access access) noexcept;
+Result unmap_run(Driver& driver, Slots::iterator begin, Slots::iterator end) noexcept;
+
+// Splits the mappings of [begin, end) into runs of those that `wanted` is true of and calls
+// act(first, last) for each.
+template <typename Wanted, typename Act>
+void for_each_run(Slots::iterator begin, Slots::iterator end, Wanted wanted, Act act) {
+  for (auto first = begin; first != end;) {
+    if (!wanted(first->second)) {
+      ++first;
+      continue;
+    }
+    auto last = first;
+    auto reached = first->first;
+    while (last != end && last->first == reached && wanted(last->second)) {
+      reached += last->second.bytes();
+      ++last;
+    }
+    act(first, last);
+    first = last;
+  }
+}
 
 }  // namespace aegaeon

@@ -1,10 +1,11 @@
-// Region: the operations that change what is behind an address range, each with its way back.
-#include <algorithm>
+#include "vmm/region.hpp"
+
 #include <bit>
 #include <utility>
 
 #include "error.hpp"
 #include "vmm/arena.hpp"
+#include "vmm/transaction.hpp"
 
 namespace aegaeon {
 
@@ -21,90 +22,234 @@ Region::Region(std::shared_ptr<Arena> arena, std::uint64_t id, std::size_t size_
                                                      : arena_->driver_->granularity_bytes())) {}
 
 Region::~Region() {
-  std::lock_guard lock(arena_->mutex_);
-  if (!closed_) {
-    auto runs = extract_runs({0, size_bytes()});
-    for (auto& run : runs) {
-      Result result = unmap_run(*arena_->driver_, run);
-      report(result, "mem_unmap");
-      if (result == kSuccess) {
-        give_back(run);
-      } else {
-        quarantine(run);
-      }
-    }
-    arena_->regions_.erase(id_);
+  auto& driver = *arena_->driver_;
+  Result awaited = kSuccess;  // nobody else has the region any more: no lock is needed to wait
+  for (auto const& [stream, recorded] : recorded_) {
+    Result result = driver.event_synchronize(recorded.event->id());
+    report(result, "event_synchronize");
+    if (result != kSuccess) awaited = result;
   }
-  static_cast<void>(heal());
-  for (auto& [offset, mapping] : quarantined_) arena_->lost_.push_back(std::move(mapping));
+  Lock lock(arena_->mutex_);
+  drop_events();
+  if (closed_) return;
+  auto mappings = extract({0, size_bytes()});
+  if (awaited == kSuccess) {
+    for_each_run(
+        mappings.begin(), mappings.end(), [](Mapping const&) { return true; },
+        [&](auto first, auto last) { report(unmap_run(driver, first, last), "mem_unmap"); });
+  }
+  for (auto& [offset, mapping] : mappings) {
+    arena_->discharge(*this, mapping.bytes());
+    auto memory = mapping.memory();
+    memory->record.region_id = id_;
+    memory->record.offset = offset;
+    if (mapping.mapped()) {
+      arena_->quarantine(std::move(mapping), false);
+    } else {
+      arena_->pool_.give(std::move(memory));
+    }
+  }
+  arena_->regions_.erase(id_);
 }
 
-void Region::map(std::size_t offset_bytes, std::optional<std::size_t> size_bytes) {
-  std::lock_guard lock(arena_->mutex_);
-  require_open("map");
-  auto range = checked_range("map", offset_bytes, size_bytes);
-  require_free_slots(range);
-  arena_->admit(*this, range.size_bytes);
-  auto fresh = map_slots(slots_for(range));
-  arena_->charge(*this, range.size_bytes);
-  mapped_bytes_ += range.size_bytes;
-  mapped_.merge(fresh);
-  ++generation_;
+void Region::map(std::size_t offset_bytes, std::optional<std::size_t> size_bytes, Contents contents,
+                 bool read_only) {
+  arena_->commit(
+      {{Step::Kind::kMap, shared_from_this(), offset_bytes, size_bytes, contents, read_only}});
 }
 
 void Region::unmap(std::size_t offset_bytes, std::optional<std::size_t> size_bytes) {
-  std::lock_guard lock(arena_->mutex_);
-  require_open("unmap");
-  auto range = checked_range("unmap", offset_bytes, size_bytes);
-  require_unused("unmap");
-  static_cast<void>(heal());
-  if (size_bytes) {
-    require_whole_handles(range);
-  } else {
-    require_whole_handles({range.offset_bytes, 0});
-    if (mapped_.lower_bound(range.offset_bytes) == mapped_.end()) {
-      throw LifecycleError(
-          concat("unmap of ", title(), ": nothing is mapped from offset ", offset_bytes, " on"));
-    }
-  }
-  auto runs = extract_runs(range);
-  Result result = unmap_runs(runs);
-  if (result != kSuccess) {
-    put_back(runs);
-    check(*arena_->driver_, result, "mem_unmap", range.size_bytes);
-  }
-  for (auto& run : runs) give_back(run);
-  ++generation_;
+  arena_->commit({{.kind = Step::Kind::kUnmap,
+                   .region = shared_from_this(),
+                   .offset_bytes = offset_bytes,
+                   .size_bytes = size_bytes}});
 }
 
 void Region::close() {
-  std::lock_guard lock(arena_->mutex_);
-  if (closed_) return;
-  require_unused("close");
-  if (Result result = heal(); result != kSuccess) {
-    check(*arena_->driver_, result, "mem_unmap");
-  }
-  auto runs = extract_runs({0, size_bytes()});
-  Result result = unmap_runs(runs);
-  char const* call = "mem_unmap";
-  if (result == kSuccess && num_exports_ == 0) {
-    result = range_->free();
-    call = "address_free";
-  }
-  if (result != kSuccess) {
-    put_back(runs);
-    check(*arena_->driver_, result, call, size_bytes());
-  }
-  for (auto& run : runs) give_back(run);
-  arena_->regions_.erase(id_);
-  closed_ = true;
+  Transaction(*arena_, {}, shared_from_this()).commit();
 }
+
+// -- access --------------------------------------------------------------------------------------
+
+void Region::protect(std::size_t offset_bytes, std::optional<std::size_t> size_bytes,
+                     bool read_only) {
+  Lock lock(arena_->mutex_);
+  wait_for_change(lock);
+  require_open("protect");
+  auto range = checked_range("protect", offset_bytes, size_bytes);
+  require_whole_slots("protect", slots_, range, size_bytes.has_value());
+  auto [begin, end] = mappings_in(range);
+  std::vector<bool> before;
+  for (auto it = begin; it != end; ++it) {
+    before.push_back(std::exchange(it->second.read_only, read_only));
+  }
+  if (Result result = settle_access(); result != kSuccess) {
+    auto was = before.begin();
+    for (auto it = begin; it != end; ++it) it->second.read_only = *was++;
+    static_cast<void>(settle_access());
+    check(*arena_->driver_, result, "mem_set_access", range.size_bytes);
+  }
+}
+
+void Region::open_window() {
+  Lock lock(arena_->mutex_);
+  wait_for_change(lock);
+  require_open("writable window");
+  ++num_windows_;
+  if (Result result = settle_access(); result != kSuccess) {
+    --num_windows_;
+    static_cast<void>(settle_access());
+    check(*arena_->driver_, result, "mem_set_access", mapped_bytes_);
+  }
+}
+
+void Region::close_window() {
+  Lock lock(arena_->mutex_);
+  wait_for_change(lock);
+  --num_windows_;
+  check(*arena_->driver_, settle_access(), "mem_set_access", mapped_bytes_);
+}
+
+Result Region::settle_access() noexcept {
+  Result first_failure = kSuccess;
+  for (auto access : {Access::kReadWrite, Access::kRead}) {
+    for_each_run(
+        mapped_.begin(), mapped_.end(),
+        [&](Mapping const& mapping) {
+          return mapping.access() != access && wanted_access(mapping.read_only) == access;
+        },
+        [&](auto first, auto last) {
+          Result result = set_run_access(*arena_->driver_, first, last, access);
+          if (first_failure == kSuccess) first_failure = result;
+        });
+  }
+  return first_failure;
+}
+
+// -- who uses it ---------------------------------------------------------------------------------
+
+void Region::record(StreamId stream) {
+  auto& driver = *arena_->driver_;
+  require_no_capture(driver, stream,
+                     "hold() the region while the graph exists or replays, and record the stream "
+                     "after each replay");
+  Lock lock(arena_->mutex_);
+  require_open("record");
+  auto found = recorded_.find(stream);
+  auto event = found == recorded_.end() ? arena_->take_event() : found->second.event;
+  Result result = driver.event_record(event->id(), stream);
+  if (result != kSuccess && found == recorded_.end()) arena_->free_events_.push_back(event);
+  check(driver, result, "event_record");
+  recorded_[stream] = {std::move(event), arena_->next_id_++};
+}
+
+void Region::drop_events() {
+  for (auto& [stream, recorded] : recorded_) {
+    arena_->free_events_.push_back(std::move(recorded.event));
+  }
+  recorded_.clear();
+}
+
+Region::Hold::Hold(std::shared_ptr<Region> region, std::string reason)
+    : region_(std::move(region)), reason_(region_->holds_.insert(std::move(reason))) {}
+
+void Region::Hold::end() {
+  auto region = std::move(region_);  // let go of unlocked: a region's end takes the mutex
+  if (!region) return;
+  std::lock_guard lock(region->arena_->mutex_);
+  region->holds_.erase(reason_);
+}
+
+std::unique_ptr<Region::Hold> Region::hold(std::string reason) {
+  Lock lock(arena_->mutex_);
+  wait_for_change(lock);
+  require_open("hold");
+  return std::make_unique<Hold>(shared_from_this(), std::move(reason));
+}
+
+Region::Use::Use(std::shared_ptr<Region> region, bool writes)
+    : region_(std::move(region)), writes_(writes) {
+  ++region_->num_uses_;
+  if (writes_) ++region_->num_writers_;
+}
+
+Region::Use::~Use() {
+  if (writes_) {
+    std::lock_guard lock(region_->arena_->mutex_);
+    --region_->num_writers_;
+    // The window in which the transfer began may be closed by now.
+    report(region_->settle_access(), "mem_set_access");
+  }
+  --region_->num_uses_;
+}
+
+std::unique_ptr<Region::Use> Region::use(std::vector<Range> const& ranges, bool writes) {
+  Lock lock(arena_->mutex_);
+  wait_for_change(lock);
+  require_open("transfer");
+  for (auto const& range : ranges) {
+    auto where = [&] {
+      return concat("transfer on ", title(), ": [", range.offset_bytes, ", ", range.end(), ")");
+    };
+    if (!slots_.covers(range)) throw LifecycleError(concat(where(), " is not mapped"));
+    if (!writes) continue;
+    auto it = std::prev(mapped_.upper_bound(range.offset_bytes));
+    for (; it != mapped_.end() && it->first < range.end(); ++it) {
+      if (it->second.access() == Access::kReadWrite) continue;
+      throw LifecycleError(concat(where(), " is read-only; load inside `with region.writable():`"));
+    }
+  }
+  return std::make_unique<Use>(shared_from_this(), writes);
+}
+
+std::unique_ptr<Region::Export> Region::export_range(Range const& range) {
+  Lock lock(arena_->mutex_);
+  wait_for_change(lock);
+  require_open("tensor");
+  if (!slots_.covers(range)) {
+    throw LifecycleError(concat("tensor over ", title(), ": [", range.offset_bytes, ", ",
+                                range.end(), ") is not mapped"));
+  }
+  return std::make_unique<Export>(shared_from_this());
+}
+
+std::uint64_t Region::add_hooks(Hook before_unmap, Hook after_map) {
+  auto hooks = std::make_shared<Hooks const>(Hooks{std::move(before_unmap), std::move(after_map)});
+  Lock lock(arena_->mutex_);
+  wait_for_change(lock);
+  require_open("add_hooks");
+  auto id = arena_->next_id_++;
+  arena_->hooked_.emplace(id_, shared_from_this());
+  hooks_.emplace(id, std::move(hooks));
+  return id;
+}
+
+void Region::remove_hooks(std::uint64_t id) {
+  std::shared_ptr<Hooks const> gone;  // they may be the last reference to what takes the mutex
+  std::shared_ptr<Region> self;
+  std::lock_guard lock(arena_->mutex_);
+  auto found = hooks_.find(id);
+  if (found == hooks_.end()) return;
+  gone = std::move(found->second);
+  hooks_.erase(found);
+  if (!hooks_.empty()) return;
+  self = std::move(arena_->hooked_.at(id_));
+  arena_->hooked_.erase(id_);
+}
+
+// -- state ---------------------------------------------------------------------------------------
 
 std::vector<Range> Region::mapped_ranges() const {
   std::lock_guard lock(arena_->mutex_);
+  return slots_.runs_in({0, size_bytes()});
+}
+
+std::vector<Range> Region::read_only_ranges() const {
+  std::lock_guard lock(arena_->mutex_);
   std::vector<Range> ranges;
   for (auto const& [offset, mapping] : mapped_) {
-    if (!ranges.empty() && ranges.back().offset_bytes + ranges.back().size_bytes == offset) {
+    if (!mapping.read_only) continue;
+    if (!ranges.empty() && ranges.back().end() == offset) {
       ranges.back().size_bytes += mapping.bytes();
     } else {
       ranges.push_back({offset, mapping.bytes()});
@@ -113,30 +258,12 @@ std::vector<Range> Region::mapped_ranges() const {
   return ranges;
 }
 
-std::unique_ptr<Region::Use> Region::use(std::vector<Range> const& ranges) {
-  std::lock_guard lock(arena_->mutex_);
-  require_open("transfer");
-  for (auto const& range : ranges) {
-    if (!covers(range)) {
-      throw LifecycleError(concat("transfer on ", title(), ": [", range.offset_bytes, ", ",
-                                  range.offset_bytes + range.size_bytes, ") is not mapped"));
-    }
-  }
-  return std::make_unique<Use>(shared_from_this());
-}
-
-std::unique_ptr<Region::Export> Region::export_range(Range const& range) {
-  std::lock_guard lock(arena_->mutex_);
-  require_open("tensor");
-  if (!covers(range)) {
-    throw LifecycleError(concat("tensor over ", title(), ": [", range.offset_bytes, ", ",
-                                range.offset_bytes + range.size_bytes, ") is not mapped"));
-  }
-  return std::make_unique<Export>(shared_from_this());
-}
-
 std::string Region::title() const {
   return concat("'", owner_, "' (", tag_, ")");
+}
+
+void Region::wait_for_change(Lock& lock) const {
+  arena_->changed_.wait(lock, [&] { return !changing_; });
 }
 
 void Region::require_open(char const* verb) const {
@@ -148,20 +275,10 @@ void Region::require_unused(char const* verb) const {
     throw LifecycleError(concat(verb, " of ", title(), ": ", num_uses_.load(),
                                 " transfer(s) on it are in flight; wait for them first"));
   }
-}
-
-bool Region::covers(Range const& range) const {
-  auto end = range.offset_bytes + range.size_bytes;
-  auto it = mapped_.upper_bound(range.offset_bytes);
-  if (it == mapped_.begin()) return false;
-  --it;
-  auto reached = it->first;
-  for (; it != mapped_.end() && it->first == reached; ++it) {
-    reached += it->second.bytes();
-    if (reached <= range.offset_bytes) return false;
-    if (reached >= end) return true;
-  }
-  return false;
+  if (holds_.empty()) return;
+  std::string reasons;
+  for (auto const& reason : holds_) reasons += concat(reasons.empty() ? "" : ", ", reason);
+  throw LifecycleError(concat(verb, " of ", title(), ": it is held (", reasons, ")"));
 }
 
 Range Region::checked_range(char const* verb, std::size_t offset_bytes,
@@ -185,165 +302,49 @@ Range Region::checked_range(char const* verb, std::size_t offset_bytes,
   return {offset_bytes, size_bytes.value_or(total - offset_bytes)};
 }
 
-void Region::require_free_slots(Range const& range) {
-  Result healed = heal();
-  auto end = range.offset_bytes + range.size_bytes;
-  auto overlap = [&](Slots const& slots) {
-    auto it = slots.lower_bound(range.offset_bytes);
-    if (it != slots.begin()) {
-      auto before = std::prev(it);
-      if (before->first + before->second.bytes() > range.offset_bytes) it = before;
+// all_mapped: the range has to be mapped throughout; else something has to be.
+void Region::require_whole_slots(char const* verb, SlotMap const& slots, Range const& range,
+                                 bool all_mapped) const {
+  for (auto edge : {range.offset_bytes, range.end()}) {
+    if (auto slot = slots.cut_by(edge)) {
+      throw LifecycleError(concat(verb, " of ", title(), ": offset ", edge,
+                                  " is inside the handle [", slot->offset_bytes, ", ", slot->end(),
+                                  "); memory goes only by whole handles"));
     }
-    return it != slots.end() && it->first < end ? it : slots.end();
-  };
-  if (overlap(quarantined_) != quarantined_.end()) {
-    check(*arena_->driver_, healed, "mem_unmap", range.size_bytes);
   }
-  if (auto taken = overlap(mapped_); taken != mapped_.end()) {
-    throw LifecycleError(concat("map of ", title(), ": [", taken->first, ", ",
-                                taken->first + taken->second.bytes(), ") is mapped already"));
+  if (all_mapped && !slots.covers(range)) {
+    throw LifecycleError(concat(verb, " of ", title(), ": [", range.offset_bytes, ", ", range.end(),
+                                ") is not mapped, or only in part"));
+  }
+  if (!slots.first_overlap(range)) {
+    throw LifecycleError(concat(verb, " of ", title(), ": nothing is mapped from offset ",
+                                range.offset_bytes, " on"));
   }
 }
 
-// Large handles sit at multiples of their size, so every such multiple is a place to cut at;
-// heads and tails are handles of the granularity.
+// Large slots lie at multiples of their size, so every such multiple is a place to cut at; heads
+// and tails are slots of the granularity.
 std::vector<Range> Region::slots_for(Range const& range) const {
   auto large = arena_->handle_bytes_;
   auto small = arena_->driver_->granularity_bytes();
-  auto end = range.offset_bytes + range.size_bytes;
   std::vector<Range> slots;
-  for (auto offset = range.offset_bytes; offset < end;) {
-    auto bytes = offset % large == 0 && end - offset >= large ? large : small;
+  for (auto offset = range.offset_bytes; offset < range.end();) {
+    auto bytes = offset % large == 0 && range.end() - offset >= large ? large : small;
     slots.push_back({offset, bytes});
     offset += bytes;
   }
   return slots;
 }
 
-Slots Region::map_slots(std::vector<Range> const& slots) {
-  auto& driver = arena_->driver_;
-  auto& pool = arena_->pool_;
-  // Memory first: what is short shows before any address has changed.
-  std::vector<std::shared_ptr<Allocation>> taken;
-  taken.reserve(slots.size());
-  Slots fresh;
-  try {
-    for (auto const& slot : slots) {
-      taken.push_back(pool.take(slot.size_bytes, {id_, slot.offset_bytes}));
-    }
-    for (std::size_t i = 0; i < slots.size(); ++i) {
-      fresh.try_emplace(slots[i].offset_bytes, driver, range_, slots[i].offset_bytes, taken[i]);
-      taken[i].reset();
-    }
-    check(*driver, set_run_access(*driver, fresh), "mem_set_access",
-          slots.back().offset_bytes + slots.back().size_bytes - slots.front().offset_bytes);
-  } catch (...) {
-    for (std::size_t i = 0; i < taken.size(); ++i) {
-      if (taken[i]) pool.give(std::move(taken[i]), {id_, slots[i].offset_bytes});
-    }
-    if (!fresh.empty()) {
-      if (unmap_run(*driver, fresh) == kSuccess) {
-        for (auto& [offset, mapping] : fresh) pool.give(mapping.memory(), {id_, offset});
-      } else {
-        for (auto& [offset, mapping] : fresh) arena_->quarantined_ += mapping.bytes();
-        quarantined_.merge(fresh);
-      }
-    }
-    throw;
-  }
-  return fresh;
+std::pair<Slots::iterator, Slots::iterator> Region::mappings_in(Range const& range) {
+  return {mapped_.lower_bound(range.offset_bytes), mapped_.lower_bound(range.end())};
 }
 
-void Region::require_whole_handles(Range const& range) const {
-  auto end = range.offset_bytes + range.size_bytes;
-  for (auto cut : {range.offset_bytes, end}) {
-    auto it = mapped_.lower_bound(cut);
-    if (it == mapped_.begin()) continue;
-    --it;
-    auto handle_end = it->first + it->second.bytes();
-    if (cut < handle_end) {
-      throw LifecycleError(concat("unmap of ", title(), ": offset ", cut, " is inside the handle [",
-                                  it->first, ", ", handle_end,
-                                  "); memory goes only by whole handles"));
-    }
-  }
-  if (range.size_bytes != 0 && !covers(range)) {
-    throw LifecycleError(concat("unmap of ", title(), ": [", range.offset_bytes, ", ", end,
-                                ") is not mapped, or only in part"));
-  }
-}
-
-// Moves the mappings of the range out, as runs of neighbours.
-std::vector<Slots> Region::extract_runs(Range const& range) {
-  std::vector<Slots> runs;
-  auto it = mapped_.lower_bound(range.offset_bytes);
-  auto end = range.offset_bytes + range.size_bytes;
-  auto reached = end;
-  while (it != mapped_.end() && it->first < end) {
-    if (runs.empty() || it->first != reached) runs.emplace_back();
-    reached = it->first + it->second.bytes();
-    auto node = mapped_.extract(it++);
-    runs.back().insert(runs.back().end(), std::move(node));
-  }
-  return runs;
-}
-
-// Stops at the first failure; put_back() is the way back.
-Result Region::unmap_runs(std::vector<Slots>& runs) noexcept {
-  auto& driver = *arena_->driver_;
-  for (auto& run : runs) {
-    if (Result result = unmap_run(driver, run); result != kSuccess) return result;
-  }
-  return kSuccess;
-}
-
-void Region::put_back(std::vector<Slots>& runs) noexcept {
-  auto& driver = *arena_->driver_;
-  for (auto& run : runs) {
-    bool untouched = run.begin()->second.mapped();
-    if (untouched || restore_run(driver, run) == kSuccess) {
-      mapped_.merge(run);
-    } else {
-      quarantine(run);
-    }
-  }
-}
-
-void Region::give_back(Slots& slots) {
-  for (auto& [offset, mapping] : slots) {
-    arena_->discharge(*this, mapping.bytes());
-    mapped_bytes_ -= mapping.bytes();
-    arena_->pool_.give(mapping.memory(), {id_, offset});
-  }
-  slots.clear();
-}
-
-void Region::quarantine(Slots& slots) noexcept {
-  for (auto& [offset, mapping] : slots) {
-    arena_->discharge(*this, mapping.bytes());
-    mapped_bytes_ -= mapping.bytes();
-    arena_->quarantined_ += mapping.bytes();
-  }
-  quarantined_.merge(slots);
-  ++generation_;
-}
-
-Result Region::heal() {
-  Result last = kSuccess;
-  for (auto it = quarantined_.begin(); it != quarantined_.end();) {
-    auto& mapping = it->second;
-    if (mapping.mapped()) {
-      if (Result result = mapping.unmap(); result != kSuccess) {
-        last = result;
-        ++it;
-        continue;
-      }
-    }
-    arena_->quarantined_ -= mapping.bytes();
-    arena_->pool_.give(mapping.memory(), {id_, it->first});
-    it = quarantined_.erase(it);
-  }
-  return last;
+Slots Region::extract(Range const& range) {
+  Slots out;
+  auto [it, end] = mappings_in(range);
+  while (it != end) out.insert(out.end(), mapped_.extract(it++));
+  return out;
 }
 
 }  // namespace aegaeon

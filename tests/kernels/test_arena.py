@@ -32,11 +32,11 @@ def test_map_and_unmap_move_memory_between_free_and_owner(
 ) -> None:
     region = arena.reserve(8 * LARGE, owner="a", tag="weights")
     address = region.address
-    region.map(0, 4 * LARGE)
+    region.map(0, 4 * LARGE, contents="preserve")
     stats = assert_ledger(arena)
     assert stats.owners == {("a", "weights"): 4 * LARGE}
     assert stats.free_bytes == 12 * LARGE
-    region.map(6 * LARGE, LARGE)
+    region.map(6 * LARGE, LARGE, contents="preserve")
     assert region.mapped_ranges() == [(0, 4 * LARGE), (6 * LARGE, LARGE)]
     assert assert_ledger(arena).owners == {("a", "weights"): 5 * LARGE}
     region.unmap(LARGE, 2 * LARGE)
@@ -57,7 +57,7 @@ def test_a_remap_makes_no_create_and_no_release(device: FaultyDevice, arena: ak.
     a.unmap()
     device.reset()
     for region in (b, a, b):
-        region.map()
+        region.map(contents="preserve")
         region.unmap()
     assert device.calls == {"mem_map": 24, "mem_set_access": 3, "mem_unmap": 3}
     stats = arena.stats()
@@ -171,7 +171,9 @@ def test_out_of_memory_says_who_holds_what(arena: ak.Arena) -> None:
     assert arena.stats().free_bytes == 0
 
 
-def test_free_memory_of_the_other_size_is_converted(device: FaultyDevice, arena: ak.Arena) -> None:
+def test_a_large_slot_is_filled_by_small_handles_and_they_stay_small(
+    device: FaultyDevice, arena: ak.Arena
+) -> None:
     smalls = arena.reserve(32 * LARGE, owner="small")
     for slot in range(16):  # all of the capacity as granules
         smalls.map(slot * 2 * LARGE + GRANULE, 3 * GRANULE)
@@ -179,14 +181,32 @@ def test_free_memory_of_the_other_size_is_converted(device: FaultyDevice, arena:
     assert assert_ledger(arena).num_tail_handles == 64
     smalls.unmap()
     large = arena.reserve(16 * LARGE, owner="large")
+    device.reset()
+    large.map(contents="preserve")
+    assert device.calls == {"mem_map": 64, "mem_set_access": 1}
+    assert (assert_ledger(arena).num_tail_handles, arena.stats().total_converted) == (64, 0)
+    with pytest.raises(ak.LifecycleError, match="inside the handle"):
+        large.unmap(GRANULE, GRANULE)  # where unmap cuts does not depend on what is behind
+    large.unmap(LARGE, 2 * LARGE)
+    assert assert_ledger(arena).total_released == 0
+
+
+def test_a_tail_converts_a_large_handle_only_when_no_small_one_is_to_be_had(
+    device: FaultyDevice, arena: ak.Arena
+) -> None:
+    large = arena.reserve(16 * LARGE, owner="large")
     large.map()
-    stats = assert_ledger(arena)
-    assert (stats.num_handles, stats.num_tail_handles, stats.total_converted) == (16, 0, 64)
     large.unmap(LARGE)
+    smalls = arena.reserve(4 * LARGE, owner="small")
     smalls.map(GRANULE, 2 * GRANULE)
     stats = assert_ledger(arena)
-    assert (stats.num_handles, stats.num_tail_handles, stats.total_converted) == (15, 2, 65)
+    assert (stats.num_handles, stats.num_tail_handles, stats.total_converted) == (15, 2, 1)
     assert device.live["handles"] == 17
+    smalls.unmap()
+    large.map(LARGE)
+    smalls.close()
+    stats = assert_ledger(arena)
+    assert (stats.num_handles, stats.num_tail_handles, stats.total_converted) == (15, 4, 1)
 
 
 def test_a_maximum_stops_its_owner_only(arena: ak.Arena) -> None:
@@ -270,7 +290,13 @@ def test_a_handle_is_at_most_the_capacity(device: FaultyDevice) -> None:
 
 @pytest.mark.parametrize(
     ("capacity", "chosen"),
-    [(GRANULE, GRANULE), (512 * MIB, GRANULE), (3 << 30, 8 * MIB), (64 << 30, 64 * MIB)],
+    [
+        (GRANULE, GRANULE),
+        (512 * MIB, GRANULE),
+        (3 << 30, 8 * MIB),
+        (24 << 30, 64 * MIB),
+        (80 << 30, 128 * MIB),
+    ],
 )
 def test_the_handle_size_is_chosen_from_the_capacity(
     device: FaultyDevice, capacity: int, chosen: int
@@ -325,7 +351,7 @@ def test_a_region_that_is_dropped_gives_its_memory_back(
     device: FaultyDevice, arena: ak.Arena
 ) -> None:
     region = arena.reserve(4 * LARGE, owner="a")
-    region.map()
+    region.map(contents="preserve")
     del region
     stats = assert_ledger(arena)
     assert (stats.owners, stats.num_regions) == ({}, 0)

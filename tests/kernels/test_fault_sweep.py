@@ -24,7 +24,7 @@ WAIT_S = 20.0
 class World:
     """A neighbour with bytes to lose, and a region with holes, heads and tails to operate on.
 
-    All free memory is granules, so that mapping a large handle has to convert.
+    All free memory is large handles, so that a tail has to convert one.
     """
 
     def __init__(self, device: FaultyDevice, bytes_of: DeviceBytes) -> None:
@@ -43,9 +43,8 @@ class World:
         }
         for offset, data in self.data.items():
             bytes_of.write(self.region.address + offset, data)
-        with self.arena.reserve(2 * CAPACITY, owner="filler") as filler:
-            for slot in range(self.arena.stats().free_bytes // GRANULE):
-                filler.map(slot * LARGE + GRANULE, GRANULE)
+        with self.arena.reserve(CAPACITY, owner="filler") as filler:
+            filler.map(0, self.arena.stats().free_bytes)
         self.image = ak.HostImage.allocate(3 * LARGE, device=device)
         self.prefetcher = ak.Prefetcher(device, chunk_bytes=GRANULE // 2, depth=2)
         self.order = [(2 * LARGE + GRANULE, GRANULE), (GRANULE, GRANULE // 4)]

@@ -66,7 +66,8 @@ class Unit(ABC):
 
     def map(self) -> None:
         if not self.region.mapped_bytes:
-            self.region.map()
+            # What is read is loaded or, of new KV blocks, zeroed by the engine before that.
+            self.region.map(contents="preserve")
 
     @abstractmethod
     def start_load(self, prefetcher: ak.Prefetcher) -> ak.Ticket | None:

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <string>
 #include <utility>
 
 #include "driver/driver.hpp"
@@ -59,13 +60,12 @@ class Event {
 };
 
 // In a stream that is being captured, an event of ours would become part of the graph, or break the
-// capture. Throws LifecycleError.
-inline void require_no_capture(Driver& driver, StreamId stream) {
+// capture. Throws LifecycleError, which says what to do instead.
+inline void require_no_capture(Driver& driver, StreamId stream, std::string const& instead) {
   bool capturing = false;
   check(driver, driver.stream_is_capturing(&capturing, stream), "stream_is_capturing");
   if (capturing) {
-    throw LifecycleError(
-        "the stream is being captured into a graph: order transfers outside of it");
+    throw LifecycleError(concat("the stream is being captured into a graph: ", instead));
   }
 }
 
