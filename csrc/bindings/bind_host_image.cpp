@@ -10,6 +10,7 @@
 #include "transfer/host_image.hpp"
 #include "transfer/host_pages.hpp"
 #include "transfer/host_pool.hpp"
+#include "transfer/image_directory.hpp"
 #include "transfer/image_file.hpp"
 
 namespace aegaeon {
@@ -45,6 +46,12 @@ void bind_image(py::module_& module) {
              return std::make_shared<HostImage>(std::move(memory), std::move(name));
            }),
            py::arg("pool"), py::kw_only(), py::arg("size_bytes"), py::arg("name"), ReleaseGil())
+      .def(py::init([](std::shared_ptr<SharedImage> const& shared, std::string name) {
+             auto image = std::make_shared<HostImage>(SharedImage::memory(shared), std::move(name));
+             if (shared->opened()) image->seal_as(shared->footer());
+             return image;
+           }),
+           py::arg("shared"), py::kw_only(), py::arg("name"))
       .def_buffer([](HostImage& self) {
         return py::buffer_info(self.data(), 1, py::format_descriptor<std::uint8_t>::format(), 1,
                                {self.size_bytes()}, {std::size_t{1}}, self.sealed());
@@ -146,7 +153,8 @@ void bind_image_file(py::module_& module) {
             self.read_into(image, verify, num_threads, python_progress(on_progress));
           },
           py::arg("image"), py::kw_only(), py::arg("verify"), py::arg("num_threads"),
-          py::arg("on_progress"));
+          py::arg("on_progress"))
+      .def("close", &ImageFile::close);
 
   module.def(
       "save_image",
@@ -179,6 +187,43 @@ void bind_image_file(py::module_& module) {
       py::arg("layout"));
 }
 
+void bind_shared_image(py::module_& module) {
+  py::class_<SharedImage, std::shared_ptr<SharedImage>>(module, "SharedImage")
+      .def(py::init([](std::shared_ptr<Driver> driver, std::string directory,
+                       std::size_t size_bytes, std::size_t num_threads) {
+             return std::make_shared<SharedImage>(std::move(driver), ImageDirectory(directory),
+                                                  size_bytes, num_threads);
+           }),
+           py::arg("driver"), py::kw_only(), py::arg("directory"), py::arg("size_bytes"),
+           py::arg("num_threads"), ReleaseGil())
+      .def(py::init([](std::shared_ptr<Driver> driver, std::string directory, std::string name) {
+             return std::make_shared<SharedImage>(std::move(driver), ImageDirectory(directory),
+                                                  std::move(name));
+           }),
+           py::arg("driver"), py::kw_only(), py::arg("directory"), py::arg("name"), ReleaseGil())
+      .def_property_readonly("footer",
+                             [](SharedImage const& self) { return as_tuple(self.footer()); })
+      .def_property_readonly("pin_error", &SharedImage::pin_error)
+      .def(
+          "publish",
+          [](SharedImage& self, HostImage const& image, std::string const& name) {
+            self.publish(name, image.footer());
+          },
+          py::arg("image"), py::kw_only(), py::arg("name"), ReleaseGil())
+      .def("unpublish", &SharedImage::unpublish, ReleaseGil())
+      .def_property_readonly("published_name", &SharedImage::published_name)
+      .def_property_readonly("leased", &SharedImage::leased);
+
+  module.def(
+      "shared_image_names",
+      [](std::string const& directory) { return ImageDirectory(directory).names(); }, py::kw_only(),
+      py::arg("directory"), ReleaseGil());
+  module.def(
+      "collect_shared_images",
+      [](std::string const& directory) { return ImageDirectory(directory).collect_garbage(); },
+      py::kw_only(), py::arg("directory"), ReleaseGil());
+}
+
 void bind_checksums(py::module_& module) {
   auto bind = [&](char const* name, auto function) {
     module.def(
@@ -199,6 +244,7 @@ void bind_host_image(py::module_& module) {
   bind_host_memory(module);
   bind_image(module);
   bind_image_file(module);
+  bind_shared_image(module);
   bind_checksums(module);
 }
 

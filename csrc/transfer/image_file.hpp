@@ -25,6 +25,7 @@ class ImageFile {
   // image is not sealed, and its contents are anything.
   void read_into(HostImage& image, bool verify, std::size_t num_threads,
                  Progress const& progress) const;
+  void close() noexcept { file_.reset(); }
 
  private:
   std::string const path_;
