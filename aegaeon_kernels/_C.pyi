@@ -3,6 +3,9 @@ from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Final, overload
 
+import numpy as np
+import numpy.typing as npt
+
 from aegaeon_kernels.errors import Shortage
 
 IMAGE_CHUNK_BYTES: Final[int]
@@ -457,3 +460,10 @@ def serialize_footer(
 ) -> bytes: ...
 def crc32c(data: bytes, *, before: int) -> int: ...
 def crc32c_portable(data: bytes, *, before: int) -> int: ...
+def copy_pages(
+    *,
+    planes: npt.NDArray[np.int64],
+    page_bytes: int,
+    moves: npt.NDArray[np.int64],
+    num_threads: int,
+) -> None: ...

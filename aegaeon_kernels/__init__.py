@@ -4,6 +4,7 @@ Knows bytes, addresses, streams and layouts; never a request, a model or an engi
 needs no GPU, no driver and no torch.
 """
 
+from aegaeon_kernels import kv
 from aegaeon_kernels.arena import (
     Arena,
     ArenaStats,
@@ -60,4 +61,5 @@ __all__ = [
     "Transaction",
     "TransferCancelled",
     "UnmapStep",
+    "kv",
 ]

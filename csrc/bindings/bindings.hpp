@@ -21,6 +21,7 @@ using ReleaseGil = py::call_guard<py::gil_scoped_release>;
 
 void bind_driver(py::module_& module);
 void bind_host_image(py::module_& module);
+void bind_kv(py::module_& module);
 void bind_torch(py::module_& module);
 void bind_transfer(py::module_& module);
 void bind_vmm(py::module_& module);

@@ -8,4 +8,5 @@ PYBIND11_MODULE(_C, module) {
   aegaeon::bind_host_image(module);
   aegaeon::bind_transfer(module);
   aegaeon::bind_torch(module);
+  aegaeon::bind_kv(module);
 }

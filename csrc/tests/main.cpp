@@ -10,6 +10,7 @@ int main(int argc, char** argv) {
       {"arena_threads", arena_threads},
       {"faults", faults},
       {"host_driver_random", host_driver_random},
+      {"page_copy_random", page_copy_random},
       {"suballocator_random", suballocator_random},
       {"torch_pool_random", torch_pool_random},
       {"torch_pool_threads", torch_pool_threads},

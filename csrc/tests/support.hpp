@@ -54,6 +54,7 @@ void arena_random();
 void arena_threads();
 void faults();
 void host_driver_random();
+void page_copy_random();
 void suballocator_random();
 void torch_pool_random();
 void torch_pool_threads();
