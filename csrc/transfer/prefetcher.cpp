@@ -36,6 +36,20 @@ void check_chunk_bytes(std::size_t chunk_bytes) {
   if (chunk_bytes == 0) throw std::invalid_argument("chunk_bytes=0 has to be positive");
 }
 
+// One copy must not touch two pieces of pinned memory.
+std::vector<Piece> within_pinned_pieces(std::vector<Piece> const& copies, HostImage const& image) {
+  std::vector<Piece> result;
+  for (auto rest : copies) {
+    while (rest.size_bytes > 0) {
+      auto size = std::min(rest.size_bytes, image.copyable_bytes(rest.image_offset_bytes));
+      result.push_back({rest.region_offset_bytes, rest.image_offset_bytes, size});
+      rest = {rest.region_offset_bytes + size, rest.image_offset_bytes + size,
+              rest.size_bytes - size};
+    }
+  }
+  return result;
+}
+
 }  // namespace
 
 Prefetcher::Prefetcher(std::shared_ptr<Driver> driver, PrefetcherOptions const& options)
@@ -254,7 +268,8 @@ bool Prefetcher::submit_chunk(Lock& lock, Direction direction, Clock::time_point
   }
   end_throttling(lane, now);
   auto begin_bytes = ticket->cursor_.total_bytes;
-  auto copies = ticket->order_.take(ticket->cursor_, chunk_bytes_);
+  auto copies = within_pinned_pieces(ticket->order_.take(ticket->cursor_, chunk_bytes_),
+                                     *ticket->holds_.image);
   auto end_bytes = ticket->cursor_.total_bytes;
   if (ticket->order_.at_end(ticket->cursor_)) waiting.erase(waiting.begin());
   if (ticket->state_ == TicketState::kQueued) {

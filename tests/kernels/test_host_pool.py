@@ -15,7 +15,7 @@ from kernel_support import MIB, StubCuda, pattern
 
 import aegaeon_kernels as ak
 from aegaeon_kernels import _C
-from aegaeon_kernels.testing import FaultyDevice
+from aegaeon_kernels.testing import FaultyDevice, assert_bitwise_equal
 
 UNIT = 64 << 10  # images start at multiples of it
 PIECE = 2 * MIB
@@ -208,6 +208,27 @@ def test_other_threads_run_while_pages_are_locked(host: FaultyDevice) -> None:
         assert pools == []
     thread.join()
     assert pools[0].kind == "shm"
+
+
+@pytest.mark.parametrize("chunk_bytes", [8 * MIB, PIECE, PIECE // 2 + 1])
+def test_no_copy_touches_two_pieces(device: FaultyDevice, chunk_bytes: int) -> None:
+    """Drivers refuse such a copy (https://github.com/LMCache/LMCache/issues/2413), as the stub."""
+    pool = ak.HostPool(device, 10 * MIB, kinds=["shm"], piece_bytes=PIECE)
+    in_front = ak.HostImage.allocate(MIB, pool=pool)
+    image, back = (ak.HostImage.allocate(4 * MIB + 5, pool=pool) for _ in range(2))
+    np.frombuffer(image, np.uint8)[:] = pattern(4 * MIB + 5, seed=1)
+    arena = ak.Arena(device, capacity_bytes=6 * MIB)
+    region = arena.reserve(6 * MIB, owner="a")
+    region.map()
+    with ak.Prefetcher(device, chunk_bytes=chunk_bytes) as prefetcher:
+        device.reset()
+        prefetcher.load(image, region).wait(20)
+        prefetcher.store(region, back, order=[(0, MIB), (MIB, 3 * MIB + 5)]).wait(20)
+    assert_bitwise_equal(memoryview(back), memoryview(image))
+    if chunk_bytes == 8 * MIB:
+        loaded, stored = [MIB, PIECE, MIB + 5], [MIB - UNIT, PIECE, MIB + UNIT + 5]
+        assert [size for _, _, size in device.copies] == loaded + stored
+    del in_front
 
 
 # ---- images in it ------------------------------------------------------------------------------
