@@ -31,7 +31,8 @@ from servers import KV_MEMORY, MAX_MODEL_LEN, Server, aegaeon_server, room_for_o
 
 import aegaeon_kernels as ak
 from aegaeon.core.clock import MonotonicClock
-from aegaeon.switching.residency import KVUnit
+from aegaeon.switching.kv_store import HostKVStore
+from aegaeon.switching.residency import DroppedKV, KVUnit
 from aegaeon.switching.switcher import Switcher, SwitchRecord
 from aegaeon.tiny_model import write_tiny_model
 from aegaeon_kernels.kv_layout import KVLayout, Plane
@@ -95,6 +96,7 @@ def hosted_pair(
     switcher = Switcher(
         arena=ak.Arena(device, capacity_bytes=capacity, handle_bytes=handle_bytes),
         prefetcher=ak.Prefetcher(device, **{k: v for k, v in knobs.items() if v is not None}),
+        kv_store=HostKVStore(ak.HostImage.allocate(2 * kv_bytes + 4 * MIB, device=device)),
         clock=MonotonicClock(),
     )
     num_blocks = kv_bytes // (LAYERS * PAGE_BYTES)
@@ -117,12 +119,27 @@ def hosted_pair(
             switcher.add_weights(name, image)
             kv[name] = switcher.add_kv(name, kv_bytes)
             kv[name].layouts = (layout,)
-            kv[name].live_blocks = lambda: live
             switcher.activate(name)
+            kv[name].book = LiveBlocks(live, kv[name])
             np.from_dlpack(kv[name].region)[:] = random.integers(0, 256, kv_bytes, dtype=np.uint8)
         yield HostedPair(switcher, weights, kv, len(live) * layout.bytes_per_block)
     finally:
         switcher.close()
+
+
+@dataclass
+class LiveBlocks:
+    """The book of an engine that has written to all its live blocks whenever it is asked."""
+
+    block_ids: Sequence[int]
+    unit: KVUnit
+
+    def live(self) -> Sequence[int]:
+        self.unit.written(self.block_ids)
+        return self.block_ids
+
+    def drop(self) -> DroppedKV:
+        raise AssertionError("the store has room for both")
 
 
 def bytes_of(image: ak.HostImage) -> np.ndarray:
@@ -144,7 +161,7 @@ def check_exact(pair: HostedPair) -> None:
 
 def live_bytes(unit: KVUnit) -> np.ndarray:
     cache = np.from_dlpack(unit.region)
-    ranges = unit.layouts[0].ranges(unit.live_blocks())
+    ranges = unit.layouts[0].ranges(unit.book.live())
     return np.concatenate([cache[start : start + size] for start, size in ranges])
 
 
@@ -165,7 +182,7 @@ class Memmove:
 
     def run(self, name: str) -> None:
         """KV of the model that leaves out; weights and KV of `name` in."""
-        image, kv = self.pair.weights[name], self.pair.kv[name].image
+        image, kv = self.pair.weights[name], self.pair.switcher.kv_store.image
         live = self.pair.live_bytes
         device = self._array.ctypes.data
         started = time.perf_counter()
@@ -235,6 +252,7 @@ def test_unequal_models_that_fill_the_device(handle_mib, benchmark, record):
     switcher = Switcher(
         arena=ak.Arena(device, capacity_bytes=capacity, handle_bytes=handle_mib * MIB),
         prefetcher=ak.Prefetcher(device),
+        kv_store=HostKVStore(ak.HostImage.allocate(2 * MIB, device=device)),
         clock=MonotonicClock(),
     )
     pair = HostedPair(switcher, {}, {}, 0)

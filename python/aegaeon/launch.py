@@ -50,6 +50,8 @@ _T = TypeVar("_T")
 logger = logging.getLogger(__name__)
 
 
+# Less than this is no place for blocks of a real model.
+MIN_HOST_KV_BYTES = 2 << 20
 STOP_GRACE_S = 2.0
 ANSWER_TIMEOUT_S = 5.0
 
@@ -67,12 +69,14 @@ def check_pool(pool: PoolConfig) -> None:
         for model in pool.models
         if Path(model.model).is_dir()
     }
-    images = sum(weights + kv for weights, kv in needs.values())
-    if images > pool.host_memory:
+    images = sum(weights for weights, _ in needs.values())
+    host_kv = pool.host_kv_memory or MIN_HOST_KV_BYTES
+    if images + host_kv > pool.host_memory:
         raise CapacityError(
-            f"the host images of all models need {format_bytes(images)} (weights and swapped KV), "
-            f"host_memory is {format_bytes(pool.host_memory)}: raise it, or serve fewer models",
-            needed_bytes=images,
+            f"the host images of all models need {format_bytes(images)}, and swapped KV needs "
+            f"{format_bytes(host_kv)}; host_memory is {format_bytes(pool.host_memory)}: raise it, "
+            f"or serve fewer models",
+            needed_bytes=images + host_kv,
             available_bytes=pool.host_memory,
         )
     pinned = {model.name for model in pool.models if model.pin}
@@ -104,6 +108,19 @@ def resolve_device(pool: PoolConfig) -> str:
             f"device: {pool.device} is not there; this machine has: {', '.join(available)}"
         )
     return wanted
+
+
+def resolve_host_kv_memory(pool: PoolConfig) -> int:
+    """Bytes of the host KV store, for a pool that `check_pool` has passed."""
+    if pool.host_kv_memory is not None:
+        return pool.host_kv_memory
+    images = sum(
+        checkpoint.weight_bytes(model.name, Path(model.model))
+        for model in pool.models
+        if Path(model.model).is_dir()
+    )
+    wanted = sum(model.kv_memory for model in pool.models)
+    return max(MIN_HOST_KV_BYTES, min(wanted, pool.host_memory - images))
 
 
 def resolve_device_memory(pool: PoolConfig) -> int:
@@ -168,6 +185,7 @@ class InstanceProcess:
                 device="host" if self.device == "host" else "cuda:0",
                 device_memory_bytes=resolve_device_memory(pool),
                 host_memory_bytes=pool.host_memory,
+                host_kv_memory_bytes=resolve_host_kv_memory(pool),
                 runtime_dir=str(runtime_dir),
                 policy=pool.scheduler.policy,
                 quantum=pool.scheduler.quantum,

@@ -58,6 +58,7 @@ def test_every_documented_key_is_read(write_pool: WritePool) -> None:
         device: host
         device_memory: 20GiB
         host_memory: 64GiB
+        host_kv_memory: 8GiB
         defaults: {slo: {ttft_ms: 10000, tpot_ms: 100}, max_model_len: 4096, keep_alive: 10m,
                    kv_memory: 16MiB}
         models:
@@ -77,7 +78,7 @@ def test_every_documented_key_is_read(write_pool: WritePool) -> None:
     pool = load_pool(path)
     model = pool.models[0]
     assert pool.device_memory.resolve(0) == 20 << 30
-    assert pool.host_memory == 64 << 30
+    assert (pool.host_memory, pool.host_kv_memory) == (64 << 30, 8 << 30)
     assert (model.slo.ttft_ms, model.slo.tpot_ms) == (2000, 50)
     assert (model.max_model_len, model.kv_memory) == (4096, 16 << 20)
     assert (model.pin, model.priority, model.keep_alive) == (True, -1, None)

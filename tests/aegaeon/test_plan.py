@@ -21,6 +21,8 @@ def unit(
     used: float = 0.0,
     pinned: bool = False,
     busy: bool = False,
+    needs_host: bool = False,
+    holds_host: bool = False,
 ) -> UnitView:
     return UnitView(
         model=model,
@@ -32,12 +34,19 @@ def unit(
         last_used=used,
         pinned=pinned,
         busy=busy,
+        needs_host=needs_host,
+        holds_host=holds_host,
+        droppable=tag == "kv",
     )
 
 
-def plan(units, target, free, capacity=100):
+def plan(units, target, free, capacity=100, host_fits=lambda evicted, taken: True):
     return plan_activation(
-        units, target=target, free_bytes=free * MIB, capacity_bytes=capacity * MIB
+        units,
+        target=target,
+        free_bytes=free * MIB,
+        capacity_bytes=capacity * MIB,
+        host_fits=host_fits,
     )
 
 
@@ -117,6 +126,76 @@ def test_a_model_that_cannot_fit_is_refused_with_the_numbers():
     assert "device_memory is 100 MiB" in message
 
 
+# -- a host without room -------------------------------------------------------------------------
+
+
+def fits_after(taken_needed: set[int]):
+    """Nothing fits before the host memory of these units has been taken."""
+    return lambda evicted, taken: taken_needed <= set(taken)
+
+
+def test_a_victim_that_the_host_has_no_room_for_is_passed_over():
+    units = [
+        unit("a", "kv", 10, cost=0, needs_host=True),
+        unit("b", "weights", 10, cost=10),
+        unit("c", mapped=False),
+    ]
+    result = plan(units, "c", free=0, host_fits=lambda evicted, taken: False)
+    assert (result.evict, result.release, result.drop) == ((1,), (), ())
+
+
+def test_host_copies_of_what_is_resident_are_given_up_before_anything_is_lost():
+    units = [
+        unit("a", "kv", 10, needs_host=True, used=5.0),
+        unit("b", "kv", 10, pinned=True, holds_host=True, used=1.0),
+        unit("d", "kv", 10, mapped=False, holds_host=True, used=0.0),
+        unit("c", mapped=False),
+    ]
+    result = plan(units, "c", free=0, host_fits=fits_after({1}))
+    assert (result.evict, result.release, result.drop) == ((0,), (1,), ())
+
+
+def test_a_victims_own_copies_are_not_taken():
+    units = [unit("a", "kv", 10, needs_host=True, holds_host=True), unit("c", mapped=False)]
+    seen = []
+
+    def host_fits(evicted, taken):
+        seen.append((list(evicted), list(taken)))
+        return len(seen) > 1
+
+    result = plan(units, "c", free=0, host_fits=host_fits)
+    assert seen == [([0], []), ([0], [])]
+    assert (result.evict, result.release, result.drop) == ((0,), (), ())
+
+
+def test_idle_models_lose_their_kv_before_busy_ones():
+    units = [
+        unit("a", "kv", 10, needs_host=True, busy=True, used=9.0),
+        unit("b", "kv", 10, mapped=False, holds_host=True, busy=True, used=1.0),
+        unit("d", "kv", 10, mapped=False, holds_host=True, used=3.0),
+        unit("e", "kv", 10, mapped=False, holds_host=True, used=4.0),
+        unit("c", mapped=False),
+    ]
+    assert plan(units, "c", free=0, host_fits=fits_after({2})).drop == (2,)
+    assert plan(units, "c", free=0, host_fits=fits_after({3})).drop == (3,)
+    assert plan(units, "c", free=0, host_fits=fits_after({1})).drop == (1,)
+
+
+def test_a_victim_is_dropped_where_it_is_when_nothing_else_helps():
+    units = [unit("a", "kv", 10, needs_host=True, busy=True), unit("c", mapped=False)]
+    result = plan(units, "c", free=0, host_fits=lambda evicted, taken: False)
+    assert (result.evict, result.release, result.drop) == ((0,), (), (0,))
+
+
+def test_pinned_models_lose_nothing_on_the_host_either():
+    units = [
+        unit("a", "kv", 10, needs_host=True),
+        unit("b", "kv", 10, mapped=False, holds_host=True, pinned=True),
+        unit("c", mapped=False),
+    ]
+    assert plan(units, "c", free=0, host_fits=fits_after({1})).drop == (0,)
+
+
 def test_memory_that_is_mapped_but_not_valid_is_only_reloaded():
     result = plan([unit("a", mapped=True, resident=False)], "a", free=0)
     assert (result.evict, result.bring_in) == ((), (0,))
@@ -138,21 +217,39 @@ def pools(draw):
                     cost=draw(st.integers(0, 40)),
                     used=draw(st.floats(0, 10)),
                     pinned=pinned,
+                    needs_host=tag == "kv" and draw(st.booleans()),
+                    holds_host=tag == "kv" and draw(st.booleans()),
                 )
             )
-    return units, draw(st.integers(0, 60))
+    return units, draw(st.integers(0, 60)), draw(st.integers(0, 3))
 
 
 @given(pools())
 def test_a_plan_makes_room_for_its_target_and_touches_nobody_it_may_not(pool):
-    units, free = pool
+    units, free, host_room = pool
+
+    def host_fits(evicted, taken):
+        """Each unit takes one place; what is taken from one makes room for one."""
+        taken = [index for index in taken if units[index].holds_host]
+        return len(evicted) <= host_room + len(taken)
+
     missing = sum(u.size_bytes for u in units if u.model == "m0" and not u.mapped)
     evictable = sum(u.size_bytes for u in units if u.mapped and u.model != "m0" and not u.pinned)
     if free * MIB + evictable < missing:
         with pytest.raises(CapacityError):
-            plan(units, "m0", free)
+            plan(units, "m0", free, host_fits=host_fits)
         return
-    result = plan(units, "m0", free)
+    result = plan(units, "m0", free, host_fits=host_fits)
+    saved = [i for i in result.evict if units[i].needs_host and i not in result.drop]
+    assert host_fits(saved, [*result.release, *result.drop])
+    for index in (*result.release, *result.drop):
+        assert units[index].tag == "kv"
+        assert index in result.release or (units[index].model != "m0" and not units[index].pinned)
+    for index in result.release:
+        assert units[index].resident
+    # No drop could have been avoided.
+    if host_room >= len(units):
+        assert result.release == result.drop == ()
     victims = [units[index] for index in result.evict]
     assert all(u.mapped and u.model != "m0" and not u.pinned for u in victims)
     freed = sum(u.size_bytes for u in victims)

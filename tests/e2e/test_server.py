@@ -337,9 +337,9 @@ def test_a_model_that_cannot_fit_is_refused_with_the_numbers(tiny_models, tmp_pa
 
 
 def test_host_images_that_cannot_fit_are_refused_with_the_numbers(tiny_models, tmp_path):
-    message = refused(write_pool(tmp_path, tiny_models("llama", "qwen3"), host_memory="40MiB"))
-    assert "host images of all models need 46 MiB" in message
-    assert "host_memory is 40 MiB" in message
+    message = refused(write_pool(tmp_path, tiny_models("llama", "qwen3"), host_memory="15MiB"))
+    assert "host images of all models need 14 MiB, and swapped KV needs 2 MiB" in message
+    assert "host_memory is 15 MiB" in message
 
 
 @pytest.mark.parametrize("damage", ["truncated", "header", "missing"])

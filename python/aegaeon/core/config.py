@@ -236,6 +236,10 @@ class PoolConfig(_Strict):
     """What the arena may hold: weights and KV cache of the models that are resident."""
     host_memory: Size = 64 << 30
     """Most bytes of host images and swapped KV."""
+    host_kv_memory: Size | None = None
+    """Of `host_memory`: where KV cache blocks of models that are not on the device are kept. null:
+    as much as the KV caches of all models together, or what the weights leave if that is less.
+    """
     defaults: Defaults = Defaults()
     models: tuple[ModelConfig, ...] = Field(strict=False)
     scheduler: SchedulerConfig = SchedulerConfig()

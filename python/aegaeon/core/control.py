@@ -24,6 +24,7 @@ class InstanceSpec:
     device: str
     device_memory_bytes: int
     host_memory_bytes: int
+    host_kv_memory_bytes: int
     runtime_dir: str
     policy: str
     quantum: int

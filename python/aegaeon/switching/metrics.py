@@ -69,6 +69,26 @@ class _SwitcherCollector(Collector):
             "KV cache bytes copied to the host by switches.",
             value=totals.bytes_out,
         )
+        yield CounterMetricFamily(
+            "aegaeon_kv_dropped_blocks",
+            "KV blocks given up because the host KV store was full.",
+            value=totals.dropped_blocks,
+        )
+        yield CounterMetricFamily(
+            "aegaeon_kv_recomputed_requests",
+            "Requests whose KV was given up and is computed again.",
+            value=totals.recomputed_requests,
+        )
+        store = self._switcher.kv_store.stats()
+        kept = GaugeMetricFamily(
+            "aegaeon_host_kv_bytes",
+            "Host KV store: all of it, what its slabs take, what blocks take.",
+            labels=["part"],
+        )
+        kept.add_metric(["capacity"], store.capacity_bytes)
+        kept.add_metric(["slabs"], store.slab_bytes)
+        kept.add_metric(["used"], store.used_bytes)
+        yield kept
         stats = self._switcher.arena.stats()
         held = GaugeMetricFamily(
             "aegaeon_arena_bytes", "Device memory by owner and tag.", labels=["owner", "tag"]

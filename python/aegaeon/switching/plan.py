@@ -1,7 +1,7 @@
 """Plans an activation: which units to evict so that one model fits. Pure: bytes in, plan out."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from aegaeon.core.config import format_bytes
 from aegaeon.core.errors import CapacityError
@@ -14,6 +14,10 @@ class UnitView:
     size_bytes: device memory it takes when mapped.
     move_cost_bytes: bytes to copy if it is evicted now and wanted again.
     last_used: when its model last ran, on any clock. busy: whether it has open requests.
+    needs_host: evicting it takes host memory that it does not have yet.
+    holds_host: it holds host memory that may be taken from it: by keeping the bytes on the device
+    only when it is resident, else by losing them (KV: they are computed again).
+    droppable: its bytes may be given up.
     """
 
     model: str
@@ -25,6 +29,9 @@ class UnitView:
     last_used: float
     pinned: bool = False
     busy: bool = False
+    needs_host: bool = False
+    holds_host: bool = False
+    droppable: bool = False
 
     @property
     def eviction_rank(self) -> tuple[bool, float, float]:
@@ -38,51 +45,128 @@ class UnitView:
 
 @dataclass(frozen=True)
 class ActivationPlan:
-    """Indices into the units given: evict first, then bring in. Both may be empty."""
+    """Indices into the units given. In this order: give up what `drop` holds, on the device or on
+    the host, and the host copies of `release`; evict; bring in. All may be empty.
+    """
 
     evict: tuple[int, ...]
     bring_in: tuple[int, ...]
+    release: tuple[int, ...] = ()
+    drop: tuple[int, ...] = ()
+
+
+# (indices evicted, indices whose host memory is taken) -> whether the host has room for them.
+HostFits = Callable[[Sequence[int], Sequence[int]], bool]
 
 
 def plan_activation(
-    units: Sequence[UnitView], *, target: str, free_bytes: int, capacity_bytes: int
+    units: Sequence[UnitView],
+    *,
+    target: str,
+    free_bytes: int,
+    capacity_bytes: int,
+    host_fits: HostFits = lambda evicted, taken: True,
 ) -> ActivationPlan:
     """What to evict and what to bring in so that all units of `target` are resident.
 
     Never evicts a pinned model or the target, and nothing when the target fits beside what is
-    there. Raises CapacityError, with the numbers, when it cannot fit at all.
+    there. When the host has no room for a victim another one is chosen; when that does not help,
+    host copies of what is on the device as well are released; as a last resort units are dropped,
+    those of idle models first. Raises CapacityError, with the numbers, when it cannot fit at all.
     """
     bring_in = tuple(
         index for index, unit in enumerate(units) if unit.model == target and not unit.resident
     )
     missing_bytes = sum(units[index].size_bytes for index in bring_in if not units[index].mapped)
-    candidates = sorted(
-        (
-            index
-            for index, unit in enumerate(units)
-            if unit.mapped and unit.model != target and not unit.pinned
-        ),
-        key=lambda index: units[index].eviction_rank,
-    )
-    evict: list[int] = []
-    available = free_bytes
-    for index in candidates:
-        if available >= missing_bytes:
-            break
-        evict.append(index)
-        available += units[index].size_bytes
-    if available < missing_bytes:
+    evictable = [
+        index
+        for index, unit in enumerate(units)
+        if unit.mapped and unit.model != target and not unit.pinned
+    ]
+    reachable_bytes = free_bytes + sum(units[index].size_bytes for index in evictable)
+    if reachable_bytes < missing_bytes:
         raise CapacityError(
             _does_not_fit(units, target, capacity_bytes),
             needed_bytes=missing_bytes,
-            available_bytes=available,
+            available_bytes=reachable_bytes,
         )
+    release: list[int] = []
+    drop: list[int] = []
+    wanted_bytes = missing_bytes - free_bytes
+    evict = _choose(units, evictable, wanted_bytes, release, drop, host_fits)
+    for taken, index in _host_memory_to_take(units, target, release, drop):
+        if evict is not None:
+            break
+        taken.append(index)
+        evict = _choose(units, evictable, wanted_bytes, release, drop, host_fits)
+    assert evict is not None, "a unit that is dropped needs no host memory"
+    for index in list(drop):
+        # One that was taken early may not have helped.
+        fewer = [i for i in drop if i != index]
+        without = _choose(units, evictable, wanted_bytes, release, fewer, host_fits)
+        if without is not None:
+            drop, evict = fewer, without
+    return ActivationPlan(
+        evict=tuple(evict),
+        bring_in=bring_in,
+        release=tuple(index for index in release if index not in evict),
+        # What stays on the device has only lost its copies, which come before drops.
+        drop=tuple(index for index in drop if index in evict or not units[index].resident),
+    )
+
+
+def _host_memory_to_take(
+    units: Sequence[UnitView], target: str, release: list[int], drop: list[int]
+) -> list[tuple[list[int], int]]:
+    """(list to put it on, index), in the order of what it costs: copies of what is resident, then
+    units of idle models, then those of busy ones; the least recently used first.
+    """
+    copies = [index for index, unit in enumerate(units) if unit.resident and unit.holds_host]
+    droppable = [
+        index
+        for index, unit in enumerate(units)
+        if unit.droppable and unit.model != target and not unit.pinned
+    ]
+    copies.sort(key=lambda index: units[index].last_used)
+    droppable.sort(key=lambda index: (units[index].busy, units[index].last_used))
+    return [(release, index) for index in copies] + [(drop, index) for index in droppable]
+
+
+def _choose(
+    units: Sequence[UnitView],
+    evictable: Sequence[int],
+    wanted_bytes: int,
+    release: Sequence[int],
+    drop: Sequence[int],
+    host_fits: HostFits,
+) -> list[int] | None:
+    """The cheapest victims that free `wanted_bytes`; None when the host has no room for them."""
+
+    def rank(index: int) -> tuple[bool, float, float]:
+        unit = units[index]
+        return (replace(unit, move_cost_bytes=0) if index in drop else unit).eviction_rank
+
+    evict: list[int] = []
+    available = 0
+    for index in sorted(evictable, key=rank):
+        if available >= wanted_bytes:
+            break
+        if units[index].needs_host and index not in drop:
+            saved = [i for i in (*evict, index) if units[i].needs_host and i not in drop]
+            # A victim's own copies are what makes it cheap: not taken.
+            taken = [*drop, *(i for i in release if i not in saved)]
+            if not host_fits(saved, taken):
+                continue
+        evict.append(index)
+        available += units[index].size_bytes
+    if available < wanted_bytes:
+        return None
     # The last ones chosen may have made an early small one unnecessary.
     for index in list(evict):
-        if available - units[index].size_bytes >= missing_bytes:
+        if available - units[index].size_bytes >= wanted_bytes:
             evict.remove(index)
             available -= units[index].size_bytes
-    return ActivationPlan(evict=tuple(evict), bring_in=bring_in)
+    return evict
 
 
 def _does_not_fit(units: Sequence[UnitView], target: str, capacity_bytes: int) -> str:

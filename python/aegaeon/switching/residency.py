@@ -1,17 +1,19 @@
 """The residency of one model: its states, and the two things it keeps on the device.
 
 A model has a *weights* unit (immutable: evicting it is dropping it, the host image is the truth)
-and a *KV* unit (mutable: evicting it copies the live blocks out first). Each unit has its own
-stable virtual range; units come and go one by one, a model runs when both are resident.
+and a *KV* unit (mutable: evicting it copies out what the host does not have yet). Each unit has its
+own stable virtual range; units come and go one by one, a model runs when both are resident.
 """
 
 import enum
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import aegaeon_kernels as ak
-from aegaeon_kernels.kv_layout import ByteRange, KVLayout, merged_ranges
+from aegaeon.switching.kv_store import BlockShape, HostKVStore
+from aegaeon_kernels.kv_layout import KVLayout
 
 
 class ModelState(enum.Enum):
@@ -28,13 +30,16 @@ class ModelState(enum.Enum):
 
 
 class Unit(ABC):
-    """A device range and the host image behind it. `resident` only when the bytes are right."""
+    """A device range and what stands for it on the host. `resident` only when the bytes are right.
+
+    Saves and loads are started, waited for by the caller, and then finished or given up: exactly
+    one of the two, and not before the last copy is over.
+    """
 
     tag: str
 
-    def __init__(self, region: ak.Region, image: ak.HostImage) -> None:
+    def __init__(self, region: ak.Region) -> None:
         self.region = region
-        self.image = image
         # Mapped memory whose bytes are not (yet) the model's does not count as resident.
         self._valid = False
 
@@ -58,6 +63,12 @@ class Unit(ABC):
         """Begin to copy out what exists only on the device; None when there is nothing."""
         return None
 
+    def finish_save(self) -> None:  # noqa: B027 - of weights there is nothing to save
+        """All bytes are on the host."""
+
+    def give_up_save(self) -> None:  # noqa: B027
+        """Some bytes are not: what was being written on the host is worth nothing."""
+
     def unmap(self) -> None:
         """Give the memory back; the address range stays. On failure nothing has changed."""
         if self.region.mapped_bytes:
@@ -71,20 +82,30 @@ class Unit(ABC):
 
     @abstractmethod
     def start_load(self, prefetcher: ak.Prefetcher) -> ak.Ticket | None:
-        """Begin to copy the host image in; None when there is nothing to copy."""
+        """Begin to copy in from the host; None when there is nothing to copy."""
 
     def finish_load(self) -> None:
         """The copy has ended well: the bytes are the model's."""
         self._valid = True
 
+    def give_up_load(self) -> None:
+        """The copy has failed: what is on the device is worth nothing."""
+        self._valid = False
+
     def close(self) -> None:
-        """Give back memory and address range; the host image goes with this object."""
+        """Give back device memory, address range and host memory."""
         self.region.close()
         self._valid = False
 
 
 class WeightsUnit(Unit):
+    """image: the weights in device layout; it goes with this object."""
+
     tag = "weights"
+
+    def __init__(self, region: ak.Region, image: ak.HostImage) -> None:
+        super().__init__(region)
+        self.image = image
 
     def move_cost_bytes(self) -> int:
         return self.image.size_bytes
@@ -93,48 +114,185 @@ class WeightsUnit(Unit):
         return prefetcher.load(self.image, self.region)
 
 
+@dataclass(frozen=True)
+class DroppedKV:
+    """What an engine has given up: blocks, and requests whose KV it will compute again."""
+
+    num_blocks: int
+    num_requests: int
+
+
+class BlockBook(Protocol):
+    """What a KV unit asks of the engine whose cache it holds; only between two steps."""
+
+    def live(self) -> Sequence[int]:
+        """Ids of the blocks that a request or the prefix cache still needs."""
+
+    def drop(self) -> DroppedKV:
+        """Give up all live blocks: their requests start over, the prefix cache forgets them."""
+
+
+class NoBlocks:
+    """The book of a cache that no engine uses yet."""
+
+    def live(self) -> Sequence[int]:
+        return ()
+
+    def drop(self) -> DroppedKV:
+        return DroppedKV(0, 0)
+
+
 class KVUnit(Unit):
-    """KV cache of one model; only live blocks are ever copied.
+    """KV cache of one model; only live blocks are ever copied, and only those that have changed.
 
     layouts: where blocks lie; caches that share the range and the block ids.
-    live_blocks: ids that a request or the prefix cache still needs, asked when nothing is in
-    flight. Bytes of other blocks are lost on eviction, which is why new blocks are zeroed by
-    the engine before they are used.
+    book: which blocks are live. Bytes of other blocks are lost on eviction, which is why new blocks
+    are zeroed by the engine before they are used.
+
+    A block's copy in the store stays when the block is back on the device, and is good until the
+    engine writes to the block again: `written` must be told of every write.
     """
 
     tag = "kv"
 
-    def __init__(self, region: ak.Region, image: ak.HostImage) -> None:
-        super().__init__(region, image)
-        self.layouts: Sequence[KVLayout] = ()
-        self.live_blocks: Callable[[], Sequence[int]] = list
-        self._saved: list[ByteRange] = []
+    def __init__(self, region: ak.Region, store: HostKVStore) -> None:
+        super().__init__(region)
+        self.book: BlockBook = NoBlocks()
+        self._layouts: Sequence[KVLayout] = ()
+        self._shape = BlockShape(())
+        self._store = store
+        self._copies: dict[int, int] = {}  # block id: slot with its bytes as of the last save
+        self._written: set[int] = set()  # blocks whose copy, if there is one, is out of date
+        self._saving: dict[int, int] = {}
+        self._loading: list[int] = []  # slots
+        # Of transfers that failed: whether the driver still works on them, nobody knows.
+        self._in_doubt: list[int] = []
 
-    def close(self) -> None:
-        super().close()
-        self.live_blocks = list  # it refers to an engine, which refers to this unit
+    @property
+    def layouts(self) -> Sequence[KVLayout]:
+        return self._layouts
 
-    def _live_ranges(self) -> list[ByteRange]:
-        return merged_ranges(self.layouts, self.live_blocks())
+    @layouts.setter
+    def layouts(self, layouts: Sequence[KVLayout]) -> None:
+        self._layouts = layouts
+        self._shape = BlockShape.of(layouts)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Host memory that one block takes."""
+        return self._shape.slot_bytes
+
+    @property
+    def copies(self) -> dict[int, int]:
+        """Block id to slot of every block that has a copy; out of date or not."""
+        return dict(self._copies)
+
+    @property
+    def num_copies(self) -> int:
+        return len(self._copies)
+
+    def written(self, block_ids: Iterable[int]) -> None:
+        """The engine writes to these blocks, or has just written to them."""
+        self._written.update(block_ids)
 
     def move_cost_bytes(self) -> int:
+        live = self.book.live()
+        return (len(live) + len(self._unsaved(live))) * self.slot_bytes
+
+    def num_new_slots(self) -> int:
+        """Slots that the store must still have for all live blocks to be saved."""
         if not self.resident:
-            return 2 * sum(size_bytes for _, size_bytes in self._saved)
-        bytes_per_block = sum(layout.bytes_per_block for layout in self.layouts)
-        return 2 * len(self.live_blocks()) * bytes_per_block
+            return 0
+        live = self.book.live()
+        self._forget_dead(live)
+        return sum(block not in self._copies for block in live)
+
+    def release_copies(self) -> None:
+        """Give the host memory of the copies back; the blocks are on the device, or lost."""
+        self._store.release(self._copies.values())
+        self._copies.clear()
+
+    def drop(self) -> DroppedKV:
+        """Have the engine give up its blocks; none is copied, and none needs a place any more."""
+        dropped = self.book.drop()
+        self.release_copies()
+        return dropped
+
+    def disown(self) -> None:
+        """Its engine has failed: nothing of it is needed any more."""
+        self.book = NoBlocks()
+        self.release_copies()
 
     def start_save(self, prefetcher: ak.Prefetcher) -> ak.Ticket | None:
         if not self.resident:
             return None
-        self._saved = self._live_ranges()
-        if not self._saved:
+        live = self.book.live()
+        self._forget_dead(live)
+        blocks = self._unsaved(live)
+        if not blocks:
             return None
-        return prefetcher.store(self.region, self.image, order=self._saved)
+        known = [block for block in blocks if block in self._copies]
+        new = [block for block in blocks if block not in self._copies]
+        slots = self._store.allocate(self.slot_bytes, len(new))
+        # Overwritten in place: until that has succeeded they are no copies.
+        self._saving = {block: self._copies.pop(block) for block in known}
+        self._saving |= zip(new, slots, strict=True)
+        pieces = self._shape.pieces(list(self._saving), list(self._saving.values()))
+        return prefetcher.store(self.region, self._store.image, order=pieces)
+
+    def finish_save(self) -> None:
+        self._copies |= self._saving
+        self._written -= self._saving.keys()
+        self._saving = {}
+
+    def give_up_save(self) -> None:
+        self._in_doubt += self._saving.values()
+        self._saving = {}
+
+    def unmap(self) -> None:
+        super().unmap()
+        # Possible only when no transfer touches the region any more.
+        self._store.release(self._in_doubt)
+        self._in_doubt = []
 
     def start_load(self, prefetcher: ak.Prefetcher) -> ak.Ticket | None:
-        if not self._saved:
+        # Requests may have ended since the save.
+        live = self.book.live()
+        self._forget_dead(live)
+        lost = [block for block in live if block not in self._copies]
+        assert not lost, f"blocks {lost} of {self.region.owner} are neither here nor on the host"
+        if not live:
             return None
-        return prefetcher.load(self.image, self.region, order=self._saved)
+        self._loading = [self._copies[block] for block in live]
+        self._store.hold(self._loading)
+        pieces = self._shape.pieces(live, self._loading)
+        return prefetcher.load(self._store.image, self.region, order=pieces)
+
+    def finish_load(self) -> None:
+        super().finish_load()
+        self._store.release(self._loading)
+        self._loading = []
+
+    def give_up_load(self) -> None:
+        super().give_up_load()
+        self._in_doubt += self._loading
+        self._loading = []
+
+    def close(self) -> None:
+        super().close()
+        self.disown()
+        self._store.release(self._in_doubt)
+        self._in_doubt = []
+
+    def _unsaved(self, live: Sequence[int]) -> list[int]:
+        if not self.resident:
+            return []
+        return [block for block in live if block not in self._copies or block in self._written]
+
+    def _forget_dead(self, live: Sequence[int]) -> None:
+        """Give up the copies of blocks that nobody needs any more."""
+        dead = self._copies.keys() - set(live)
+        self._store.release(self._copies.pop(block) for block in dead)
 
 
 @dataclass

@@ -14,8 +14,16 @@ import aegaeon_kernels as ak
 from aegaeon.core.clock import Clock
 from aegaeon.core.config import format_bytes
 from aegaeon.core.errors import AegaeonError, CapacityError
+from aegaeon.switching.kv_store import HostKVStore
 from aegaeon.switching.plan import ActivationPlan, UnitView, plan_activation
-from aegaeon.switching.residency import KVUnit, ModelMemory, ModelState, Unit, WeightsUnit
+from aegaeon.switching.residency import (
+    DroppedKV,
+    KVUnit,
+    ModelMemory,
+    ModelState,
+    Unit,
+    WeightsUnit,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +37,10 @@ class SwitchFailed(AegaeonError):
 
 @dataclass(frozen=True, slots=True)
 class SwitchRecord:
-    """One activation. Times in seconds; `path` is hot (all was resident) or warm (host image)."""
+    """One activation. Times in seconds; `path` is hot (all was resident) or warm (host image).
+
+    dropped_blocks, recomputed_requests: KV that the host had no room for; see `Switcher`.
+    """
 
     model: str
     path: str
@@ -42,6 +53,8 @@ class SwitchRecord:
     bytes_in: int = 0
     bytes_out: int = 0
     evicted: tuple[str, ...] = ()
+    dropped_blocks: int = 0
+    recomputed_requests: int = 0
 
 
 @dataclass
@@ -53,6 +66,8 @@ class SwitchTotals:
     failed: int = 0
     bytes_in: int = 0
     bytes_out: int = 0
+    dropped_blocks: int = 0
+    recomputed_requests: int = 0
 
 
 @dataclass
@@ -68,8 +83,11 @@ class Switcher:
     """Owns who is on the device.
 
     arena: where the units of all models live; its capacity is the device memory of the pool.
-    prefetcher: copies between host images and the arena.
-    host_memory_bytes: what the host images of all models may take together; None: no limit.
+    prefetcher: copies between host memory and the arena.
+    kv_store: holds the KV blocks of models that are not resident. When it has no room for those of
+    a victim, another victim is chosen; as a last resort a model's KV is dropped and computed again:
+    the record of the switch, the totals and a warning say so.
+    host_memory_bytes: what weights images and the store may take together; None: no limit.
     on_activate: called with (previous or None, next) after each change of the current model, for
     per-model process state (random generators, workspaces).
     quiesce: called before memory changes hands; returns when the device is done with it.
@@ -80,6 +98,7 @@ class Switcher:
 
     arena: ak.Arena
     prefetcher: ak.Prefetcher
+    kv_store: HostKVStore
     clock: Clock
     host_memory_bytes: int | None = None
     on_activate: Callable[[str | None, str], None] = lambda previous, current: None
@@ -110,40 +129,33 @@ class Switcher:
         The unit is not resident before the next `activate(name)`. Takes `image` over.
         Raises CapacityError when the pool's host memory is too small for it.
         """
-        self._admit_to_host(name, image.size_bytes, WeightsUnit.tag)
+        self._admit_to_host(name, image.size_bytes)
         region = self._reserve(name, image.size_bytes, WeightsUnit.tag)
         unit = WeightsUnit(region, image)
         self._models[name].units.append(unit)
         return unit
 
     def add_kv(self, name: str, size_bytes: int) -> KVUnit:
-        """Reserve the device range of `name`'s KV cache and its host image of the same size.
-
-        The image takes memory block by block, as blocks are first evicted; it counts as a whole.
-        Raises CapacityError when the pool's host memory is too small for it.
-        """
-        self._admit_to_host(name, size_bytes, KVUnit.tag)
-        region = self._reserve(name, size_bytes, KVUnit.tag)
-        try:
-            image = ak.HostImage.allocate(
-                region.size_bytes, device=self.arena.device, name=f"{name} kv"
-            )
-        except ak.Error:
-            region.close()
-            raise
-        unit = KVUnit(region, image)
+        """Reserve the device range of `name`'s KV cache; on the host its blocks share the store."""
+        unit = KVUnit(self._reserve(name, size_bytes, KVUnit.tag), self.kv_store)
         self._models[name].units.append(unit)
         return unit
 
-    def _admit_to_host(self, name: str, size_bytes: int, tag: str) -> None:
+    def _admit_to_host(self, name: str, size_bytes: int) -> None:
         if self.host_memory_bytes is None:
             return
-        held = sum(unit.image.size_bytes for m in self._models.values() for unit in m.units)
+        held = self.kv_store.image.size_bytes + sum(
+            unit.image.size_bytes
+            for memory in self._models.values()
+            for unit in memory.units
+            if isinstance(unit, WeightsUnit)
+        )
         if held + size_bytes > self.host_memory_bytes:
             raise CapacityError(
-                f"the host image of {name!r} ({tag}) needs {format_bytes(size_bytes)}, host_memory "
-                f"is {format_bytes(self.host_memory_bytes)}, of which {format_bytes(held)} are "
-                f"taken: raise host_memory, or serve fewer models",
+                f"the host image of {name!r} needs {format_bytes(size_bytes)}, host_memory is "
+                f"{format_bytes(self.host_memory_bytes)}, of which {format_bytes(held)} are taken, "
+                f"{format_bytes(self.kv_store.image.size_bytes)} by host_kv_memory: raise "
+                f"host_memory, lower host_kv_memory or serve fewer models",
                 needed_bytes=size_bytes,
                 available_bytes=self.host_memory_bytes - held,
             )
@@ -154,7 +166,7 @@ class Switcher:
         return self.arena.reserve(size_bytes, owner=name, tag=tag)
 
     def remove_model(self, name: str) -> None:
-        """Forget `name` and give back all it had, address ranges and host images included."""
+        """Forget `name` and give back all it had, address ranges and host memory included."""
         memory = self._models[name]
         for unit in list(memory.units):
             unit.close()
@@ -175,6 +187,8 @@ class Switcher:
             except ak.Error as error:
                 # It stays evictable, at no cost: the next switch that needs the room tries again.
                 logger.warning(f"cannot unmap {unit.tag} of {name!r}: {error}")
+            if isinstance(unit, KVUnit):
+                unit.disown()
 
     @property
     def models(self) -> dict[str, ModelMemory]:
@@ -213,6 +227,7 @@ class Switcher:
         incoming = [units[index][1] for index in plan.bring_in]
         evicted_models = {units[index][0].name for index in plan.evict}
         phases = _Phases()
+        dropped = self._make_room_on_host(units, plan)
         bytes_out = bytes_in = 0
         self._mark(evicted_models, ModelState.EVICTING)
         self._mark({name}, ModelState.LOADING)
@@ -220,7 +235,7 @@ class Switcher:
         try:
             self.quiesce()
             with self._phase(phases, "save"):
-                bytes_out = self._transfer([unit.start_save for unit in victims])
+                bytes_out = self._save(victims)
             with self._phase(phases, "unmap"):
                 for unit in victims:
                     unit.unmap()
@@ -229,9 +244,7 @@ class Switcher:
                 for unit in incoming:
                     unit.map()
             with self._phase(phases, "load"):
-                bytes_in = self._transfer([unit.start_load for unit in incoming])
-            for unit in incoming:
-                unit.finish_load()
+                bytes_in = self._load(incoming)
         except ak.Error as error:
             self.totals.failed += 1
             self._undo(incoming, evicted)
@@ -256,6 +269,8 @@ class Switcher:
                 bytes_in=bytes_in,
                 bytes_out=bytes_out,
                 evicted=tuple(sorted(evicted_models)),
+                dropped_blocks=dropped.num_blocks,
+                recomputed_requests=dropped.num_requests,
             )
         )
 
@@ -265,6 +280,11 @@ class Switcher:
         free_bytes = stats.free_bytes + stats.quarantined_bytes
         missing = sum(u.size_bytes for m, u in units if m.name == target and not u.mapped_bytes)
         fits = missing <= free_bytes  # then nobody is evicted, and costs need not be known
+        demands = {
+            index: (unit.slot_bytes, 0 if fits else unit.num_new_slots())
+            for index, (_, unit) in enumerate(units)
+            if isinstance(unit, KVUnit)
+        }
         views = [
             UnitView(
                 model=model.name,
@@ -276,15 +296,54 @@ class Switcher:
                 busy=not model.failed and self.is_busy(model.name),
                 last_used=model.last_used,
                 pinned=model.pinned,
+                needs_host=index in demands and demands[index][1] > 0,
+                holds_host=isinstance(unit, KVUnit) and unit.num_copies > 0,
+                droppable=isinstance(unit, KVUnit),
             )
-            for model, unit in units
+            for index, (model, unit) in enumerate(units)
         ]
+
+        def host_fits(evicted: Sequence[int], taken: Sequence[int]) -> bool:
+            return self.kv_store.fits(
+                [demands[index] for index in evicted],
+                [
+                    slot
+                    for index in taken
+                    if isinstance(unit := units[index][1], KVUnit)
+                    for slot in unit.copies.values()
+                ],
+            )
+
         return plan_activation(
             views,
             target=target,
             free_bytes=free_bytes,
             capacity_bytes=stats.capacity_bytes,
+            host_fits=host_fits,
         )
+
+    def _make_room_on_host(
+        self, units: Sequence[tuple[ModelMemory, Unit]], plan: ActivationPlan
+    ) -> DroppedKV:
+        """Carry out `plan.drop` and `plan.release`; what has been dropped in all."""
+        num_blocks = num_requests = 0
+        for index in plan.drop:
+            model, unit = units[index]
+            assert isinstance(unit, KVUnit)
+            dropped = unit.drop()
+            num_blocks += dropped.num_blocks
+            num_requests += dropped.num_requests
+            logger.warning(
+                f"the host KV store is full: {dropped.num_blocks} KV blocks of {model.name!r} are "
+                f"dropped, {dropped.num_requests} requests are computed again; raise host_kv_memory"
+            )
+        for index in plan.release:
+            unit = units[index][1]
+            assert isinstance(unit, KVUnit)
+            unit.release_copies()
+        self.totals.dropped_blocks += num_blocks
+        self.totals.recomputed_requests += num_requests
+        return DroppedKV(num_blocks, num_requests)
 
     def _record(self, record: SwitchRecord) -> None:
         self.records.append(record)
@@ -296,6 +355,30 @@ class Switcher:
             previous, self.current = self.current, name
             self.on_activate(previous, name)
 
+    def _save(self, units: Sequence[Unit]) -> int:
+        """Copy out what exists only on the device, of all `units` or of none; the bytes moved."""
+        try:
+            num_bytes = self._transfer([unit.start_save for unit in units])
+        except BaseException:
+            for unit in units:
+                unit.give_up_save()
+            raise
+        for unit in units:
+            unit.finish_save()
+        return num_bytes
+
+    def _load(self, units: Sequence[Unit]) -> int:
+        """Copy in `units` from the host, all or none; the bytes moved."""
+        try:
+            num_bytes = self._transfer([unit.start_load for unit in units])
+        except BaseException:
+            for unit in units:
+                unit.give_up_load()
+            raise
+        for unit in units:
+            unit.finish_load()
+        return num_bytes
+
     def _transfer(self, starts: Sequence[Callable[[ak.Prefetcher], ak.Ticket | None]]) -> int:
         """Start all copies, wait for all; returns the bytes moved. On an error none is left."""
         tickets: list[ak.Ticket] = []
@@ -306,7 +389,7 @@ class Switcher:
                     tickets.append(ticket)
             for ticket in tickets:
                 ticket.wait()
-        except ak.Error:
+        except BaseException:
             for ticket in tickets:
                 ticket.cancel()
             for ticket in tickets:
@@ -328,10 +411,9 @@ class Switcher:
         for unit in evicted:
             try:
                 unit.map()
-                self._transfer([unit.start_load])
-                unit.finish_load()
+                self._load([unit])
             except ak.Error as error:
-                # Nothing is lost: its image is complete, and its model loads when it is next run.
+                # Nothing is lost: the host has all of it, and its model loads when it is next run.
                 logger.warning(f"{unit.tag} stays on the host after a failed switch: {error}")
 
     def _mark(self, names: set[str], state: ModelState | None) -> None:

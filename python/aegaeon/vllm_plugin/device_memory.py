@@ -4,6 +4,7 @@ import torch
 
 import aegaeon_kernels as ak
 from aegaeon.core.clock import Clock
+from aegaeon.switching.kv_store import HostKVStore
 from aegaeon.switching.switcher import Switcher
 from aegaeon.vllm_plugin.seams.process_state import ProcessStates
 
@@ -19,9 +20,11 @@ def make_switcher(
     *,
     device_memory_bytes: int,
     host_memory_bytes: int | None,
+    host_kv_memory_bytes: int,
     clock: Clock,
 ) -> Switcher:
-    """A switcher over `device_memory_bytes` of `device`, rounded down to whole pages of it.
+    """A switcher over `device_memory_bytes` of `device`, rounded down to whole pages of it, with a
+    host KV store of `host_kv_memory_bytes`.
 
     It exchanges vLLM's process-wide state with the current model, and lets the GPU finish what it
     is doing before memory changes hands.
@@ -36,6 +39,9 @@ def make_switcher(
             handle_bytes=granularity if small else None,
         ),
         prefetcher=ak.Prefetcher(device),
+        kv_store=HostKVStore(
+            ak.HostImage.allocate(host_kv_memory_bytes, device=device, name="KV store")
+        ),
         clock=clock,
         host_memory_bytes=host_memory_bytes,
         on_activate=states.exchange,

@@ -46,6 +46,7 @@ class Instance:
             device,
             device_memory_bytes=spec.device_memory_bytes,
             host_memory_bytes=spec.host_memory_bytes,
+            host_kv_memory_bytes=spec.host_kv_memory_bytes,
             clock=clock,
         )
         self.loop = StepLoop(
@@ -111,7 +112,10 @@ class Instance:
                 "failed": totals.failed,
                 "bytes_in": totals.bytes_in,
                 "bytes_out": totals.bytes_out,
+                "dropped_blocks": totals.dropped_blocks,
+                "recomputed_requests": totals.recomputed_requests,
             },
+            "host_kv": asdict(self.switcher.kv_store.stats()),
             "loop": asdict(self.loop.counters),
         }
 

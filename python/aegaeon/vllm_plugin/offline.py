@@ -23,7 +23,10 @@ from aegaeon.vllm_plugin.device_memory import make_switcher
 from aegaeon.vllm_plugin.engine_config import engine_config, serve_args
 from aegaeon.vllm_plugin.hosting import hosting
 from aegaeon.vllm_plugin.seams import apply_all
-from aegaeon.vllm_plugin.seams.engine_core import engine_load, keep_live_blocks
+from aegaeon.vllm_plugin.seams.engine_core import engine_load, keep_books
+
+# Taken as blocks are first stored.
+DEFAULT_HOST_KV_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,8 @@ class OfflinePool:
     """Hosts models in this process and generates with all of them at once.
 
     device: an `aegaeon_kernels.Device`; the models share `device_memory_bytes` of it, rounded
-    down to whole pages of the device.
+    down to whole pages of the device. KV blocks of models that are not on it share
+    `host_kv_memory_bytes` of the host.
     Use as a context manager; `close` gives back all device and host memory.
     """
 
@@ -86,6 +90,7 @@ class OfflinePool:
         device: ak.Device,
         *,
         device_memory_bytes: int,
+        host_kv_memory_bytes: int = DEFAULT_HOST_KV_BYTES,
         policy: Policy,
         clock: Clock | None = None,
     ) -> None:
@@ -93,7 +98,11 @@ class OfflinePool:
         clock = clock or MonotonicClock()
         self._device = device
         self.switcher = make_switcher(
-            device, device_memory_bytes=device_memory_bytes, host_memory_bytes=None, clock=clock
+            device,
+            device_memory_bytes=device_memory_bytes,
+            host_memory_bytes=None,
+            host_kv_memory_bytes=host_kv_memory_bytes,
+            clock=clock,
         )
         self.loop = StepLoop(
             policy=policy,
@@ -117,7 +126,7 @@ class OfflinePool:
                 multiprocess_mode=False,
             )
         hosted = OfflineEngine(model.name, engine)
-        keep_live_blocks(self.switcher, model.name, hosted.core)
+        keep_books(self.switcher, model.name, hosted.core)
         self.engines[model.name] = hosted
         self.loop.add(hosted)
         return hosted

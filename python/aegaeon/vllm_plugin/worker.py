@@ -31,6 +31,7 @@ class ArenaWorker(Worker):
         self._switcher, self._name = place
         self._kv: KVUnit | None = None
         self._kv_bytes: torch.Tensor | None = None
+        self._kv_generation = -1
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         rotary_cache.forget_shared_rotary_modules()
@@ -54,6 +55,9 @@ class ArenaWorker(Worker):
         # Weights are loaded into ordinary memory and rebound; workspaces are not evicted yet.
         return nullcontext()
 
+    def get_supported_kv_cache_layouts(self) -> list[str]:
+        return kv_memory.block_outermost_first(super().get_supported_kv_cache_layouts())
+
     def _allocate_kv(self, size_bytes: int) -> torch.Tensor:
         self._kv = self._switcher.add_kv(self._name, size_bytes)
         self._switcher.activate(self._name)
@@ -67,5 +71,8 @@ class ArenaWorker(Worker):
 
     def execute_model(self, scheduler_output: Any) -> Any:
         if self._kv is not None and self._kv_bytes is not None:
+            if self._kv_generation != self._kv.region.generation:
+                kv_zeroing.zero_null_block(self._kv_bytes, self._kv.layouts)
+                self._kv_generation = self._kv.region.generation
             kv_zeroing.zero_new_blocks(scheduler_output, self._kv_bytes, self._kv.layouts)
         return super().execute_model(scheduler_output)

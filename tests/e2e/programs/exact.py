@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from common import make_pool, prompts_of, read_job, report, token_ids_by_model
 
+import aegaeon_kernels as ak
 from aegaeon.switching.residency import KVUnit, Unit, WeightsUnit
 from aegaeon.vllm_plugin.offline import OfflinePool
 
@@ -29,24 +30,22 @@ def weight_offset(pool: OfflinePool, name: str, unit: Unit) -> int:
 
 def kv_offset(unit: KVUnit) -> int | None:
     """Of the first number that is kept for the first token of a live block."""
-    null_block = 0
-    live = [block for block in unit.live_blocks() if block != null_block]
-    if not live:
-        return None
-    plane = unit.layouts[0].planes[0]
-    return plane.offset_bytes + live[0] * plane.block_stride_bytes + 1
+    live = unit.book.live()
+    return unit.copies[live[0]] + 1 if live else None
 
 
-def flip_once_after_eviction(unit: Unit, offset: Callable[[], int | None]) -> None:
+def flip_once_after_eviction(
+    unit: Unit, image: ak.HostImage, offset: Callable[[], int | None]
+) -> None:
     unmap = unit.unmap
     flipped = False
 
     def unmap_and_flip() -> None:
         nonlocal flipped
-        at = offset()
         unmap()
+        at = offset()
         if not flipped and at is not None:
-            unit.image.tensor()[at] ^= EXPONENT_BIT
+            image.tensor()[at] ^= EXPONENT_BIT
             flipped = True
 
     unit.unmap = unmap_and_flip  # type: ignore[method-assign]
@@ -56,9 +55,11 @@ def corrupt(pool: OfflinePool, what: str) -> None:
     for name, memory in pool.switcher.models.items():
         for unit in memory.units:
             if what == "weights" and isinstance(unit, WeightsUnit):
-                flip_once_after_eviction(unit, lambda n=name, u=unit: weight_offset(pool, n, u))
+                at = weight_offset(pool, name, unit)
+                flip_once_after_eviction(unit, unit.image, lambda at=at: at)
             if what == "kv" and isinstance(unit, KVUnit):
-                flip_once_after_eviction(unit, lambda u=unit: kv_offset(u))
+                store = pool.switcher.kv_store.image
+                flip_once_after_eviction(unit, store, lambda unit=unit: kv_offset(unit))
 
 
 def poison_on_map(unit: KVUnit) -> None:

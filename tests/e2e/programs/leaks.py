@@ -2,8 +2,8 @@
 holds at two moments: after `warm_up` switches and after `switches`.
 
 What takes memory only once is done before the first moment, so that what grows after it is a leak:
-all requests have run once, and the host images of the KV caches, which fill as blocks are first
-used, are touched as a whole.
+all requests have run once, and the host KV store, which fills as blocks are first stored, is
+touched as a whole.
 """
 
 import gc
@@ -14,7 +14,6 @@ from pathlib import Path
 import psutil
 from common import make_pool, prompts_of, read_job, report
 
-from aegaeon.switching.residency import KVUnit
 from aegaeon.switching.switcher import SwitchRecord
 
 
@@ -41,10 +40,7 @@ def main() -> None:
     marks = [job["warm_up"], job["switches"]]
     seen: list[dict[str, int]] = []
     with make_pool(job) as pool:
-        for memory in pool.switcher.models.values():
-            for unit in memory.units:
-                if isinstance(unit, KVUnit):
-                    unit.image.tensor()[:: mmap.PAGESIZE] += 0
+        pool.switcher.kv_store.image.tensor()[:: mmap.PAGESIZE] += 0
         prompts = prompts_of(job)
         pool.generate(prompts)
         switches = 0

@@ -22,7 +22,7 @@ from aegaeon.core.errors import AegaeonError
 from aegaeon.switching.residency import KVUnit
 from aegaeon.switching.switcher import Switcher
 from aegaeon.vllm_plugin.seam import Seam, Tier, Upstream
-from aegaeon.vllm_plugin.seams.kv_blocks import live_block_ids
+from aegaeon.vllm_plugin.seams.kv_blocks import EngineBlocks
 
 # Control calls that touch no device memory; any other makes the model resident first.
 _CALLS_WITHOUT_DEVICE = frozenset(
@@ -57,7 +57,7 @@ class HostedEngineCore(EngineCoreProc):
             vllm_config, True, "", Executor.get_class(vllm_config), True, engine_index=0
         )
         self.process_input_queue_block = False
-        keep_live_blocks(switcher, name, self)
+        keep_books(switcher, name, self)
 
     # -- Engine ----------------------------------------------------------------------------
 
@@ -136,11 +136,19 @@ def engine_load(scheduler: Any) -> EngineLoad:
     return EngineLoad(num_running=running, num_waiting=unfinished - running)
 
 
-def keep_live_blocks(switcher: Switcher, name: str, engine_core: Any) -> None:
-    """From now on an eviction of `name` copies out the blocks that `engine_core` still needs."""
+def keep_books(switcher: Switcher, name: str, engine_core: Any) -> None:
+    """From now on an eviction of `name` copies out the blocks that `engine_core` still needs, those
+    that have been written since the last time.
+    """
+    blocks = EngineBlocks(engine_core.scheduler)
     for unit in switcher.models[name].units:
         if isinstance(unit, KVUnit):
-            unit.live_blocks = lambda: live_block_ids(engine_core)
+            _keep_book(unit, blocks, engine_core.model_executor)
+
+
+def _keep_book(unit: KVUnit, blocks: EngineBlocks, executor: Any) -> None:
+    unit.book = blocks
+    executor.before_step = lambda output: unit.written(blocks.written_by(output))
 
 
 SEAM = Seam(
@@ -179,6 +187,10 @@ SEAM = Seam(
         Upstream("vllm.v1.core.sched.scheduler", "Scheduler.get_request_counts"),
         Upstream("vllm.v1.core.sched.scheduler", "Scheduler.get_num_unfinished_requests"),
         Upstream("vllm.v1.engine.utils", "EngineZmqAddresses.inputs"),
-        Upstream("vllm.v1.executor.uniproc_executor", "UniProcExecutor"),
+        Upstream(
+            "vllm.v1.executor.uniproc_executor",
+            "UniProcExecutor.execute_model",
+            ("scheduler_output", "non_block"),
+        ),
     ),
 )

@@ -1,10 +1,11 @@
 """The KV cache is a tensor over a region of the arena, at an address that never changes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from aegaeon.vllm_plugin.seam import Seam, Tier, Upstream
 from aegaeon_kernels.kv_layout import KVLayout, Plane
@@ -37,6 +38,16 @@ class KVAllocation(TorchFunctionMode):
         ):
             return self._make(args[0])
         return func(*args, **kwargs)
+
+
+def block_outermost_first(supported: Sequence[str], always: Sequence[str] = ()) -> list[str]:
+    """`supported` names of KV cache layouts, and those of `always`, in our order of preference.
+
+    With the block as the outermost dimension all layers of a block are one run of bytes: one copy,
+    and what lies past the last block in use can be given away.
+    """
+    names = [*always, *(name for name in supported if name not in always)]
+    return sorted(names, key=lambda name: not KVCacheLayout[name].is_block_outermost)
 
 
 def layouts_of(kv_cache_config: Any) -> tuple[KVLayout, ...]:
@@ -75,7 +86,8 @@ SEAM = Seam(
     tier=Tier.KNOB,
     why="switching needs the KV cache at a stable address whose memory can be taken away",
     how="the worker class (worker_cls) answers _maybe_get_memory_pool_context('kv_cache') with a "
-    "torch function mode that serves the allocation from the arena",
+    "torch function mode that serves the allocation from the arena, and prefers layouts whose "
+    "outermost dimension is the block in get_supported_kv_cache_layouts",
     upstream_link="https://github.com/vllm-project/vllm/issues/34303",
     remove_when="vLLM offers an allocator hook for KV tensors",
     relies_on=(
@@ -83,6 +95,9 @@ SEAM = Seam(
         Upstream(
             "vllm.v1.worker.utils", "allocate_kv_cache", ("kv_cache_config", "device", "layout")
         ),
+        Upstream("vllm.v1.worker.worker_base", "WorkerBase.get_supported_kv_cache_layouts"),
+        Upstream("vllm.v1.kv_cache_layout", "KVCacheLayout.is_block_outermost"),
+        Upstream("vllm.v1.kv_cache_layout", "KVCacheLayout.BLHNC"),
         Upstream("vllm.v1.kv_cache_interface", "KVCacheTensor.block_stride"),
         Upstream("vllm.v1.kv_cache_interface", "KVCacheTensor.layer_stride"),
         Upstream("vllm.v1.kv_cache_interface", "KVCacheConfig.num_blocks_of"),
