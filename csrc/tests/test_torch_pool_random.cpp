@@ -4,7 +4,7 @@
 #include <thread>
 
 #include "tests/support.hpp"
-#include "transfer/stream.hpp"
+#include "driver/stream.hpp"
 #include "vmm/torch_pool.hpp"
 
 extern "C" {
