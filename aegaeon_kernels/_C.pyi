@@ -9,6 +9,8 @@ import numpy.typing as npt
 from aegaeon_kernels.errors import Shortage
 
 IMAGE_CHUNK_BYTES: Final[int]
+MAX_SAFETENSORS_HEADER_BYTES: Final[int]
+SAFETENSORS_DTYPE_BITS: Final[dict[str, int]]
 MAX_METADATA_BYTES: Final[int]
 MAX_LAYOUT_BYTES: Final[int]
 REGISTRATION_PIECE_BYTES: Final[int]
@@ -354,6 +356,43 @@ class SharedImage:
     @property
     def leased(self) -> bool: ...
 
+# (header_bytes, [(name, dtype, shape, begin, end)], metadata)
+_Header = tuple[int, list[tuple[str, str, tuple[int, ...], int, int]], dict[str, str] | None]
+
+class SafetensorsFile:
+    def __init__(self, path: bytes) -> None: ...
+    @property
+    def size_bytes(self) -> int: ...
+    @property
+    def header(self) -> _Header: ...
+    def require_unchanged(self) -> None: ...
+
+class FileReader:
+    # pieces: (file, offset in it, offset in the image, size)
+    def __init__(
+        self, *, files: Sequence[SafetensorsFile], pieces: Sequence[tuple[int, int, int, int]]
+    ) -> None: ...
+    @property
+    def num_pieces(self) -> int: ...
+    @property
+    def size_bytes(self) -> int: ...
+    def fill(
+        self,
+        image: HostImage,
+        *,
+        layout: bytes,
+        comparisons: Sequence[FileReader],
+        num_threads: int,
+        on_progress: Callable[[int], object] | None,
+    ) -> list[int]: ...
+    def differences(
+        self,
+        image: HostImage,
+        *,
+        num_threads: int,
+        on_progress: Callable[[int], object] | None,
+    ) -> list[int]: ...
+
 class Ticket:
     @property
     def total_bytes(self) -> int: ...
@@ -467,3 +506,4 @@ def copy_pages(
     moves: npt.NDArray[np.int64],
     num_threads: int,
 ) -> None: ...
+def parse_safetensors(file: bytes) -> _Header: ...

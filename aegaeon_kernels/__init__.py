@@ -26,15 +26,19 @@ from aegaeon_kernels.errors import (
     Shortage,
     TransferCancelled,
 )
+from aegaeon_kernels.fill import compare_with_safetensors, fill_from_safetensors
 from aegaeon_kernels.host_image import HostImage
 from aegaeon_kernels.host_memory import HostMemory, HostPool, HostPoolStats
+from aegaeon_kernels.image_layout import ImageLayout
 from aegaeon_kernels.kv_layout import KVLayout
 from aegaeon_kernels.prefetch import Prefetcher, PrefetchStats, Ticket, TicketState
+from aegaeon_kernels.safetensors_file import Checkpoint
 from aegaeon_kernels.torch_pool import TorchPool, TorchPoolStats
 
 __all__ = [
     "Arena",
     "ArenaStats",
+    "Checkpoint",
     "Device",
     "DriverError",
     "Error",
@@ -44,6 +48,7 @@ __all__ = [
     "HostMemory",
     "HostPool",
     "HostPoolStats",
+    "ImageLayout",
     "IntegrityError",
     "KVLayout",
     "LifecycleError",
@@ -61,5 +66,7 @@ __all__ = [
     "Transaction",
     "TransferCancelled",
     "UnmapStep",
+    "compare_with_safetensors",
+    "fill_from_safetensors",
     "kv",
 ]

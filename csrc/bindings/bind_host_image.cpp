@@ -14,9 +14,7 @@
 #include "transfer/image_file.hpp"
 
 namespace aegaeon {
-namespace {
 
-// Progress comes to the thread that called, which holds no GIL; it is where Ctrl-C is noticed.
 Progress python_progress(std::optional<py::function> const& on_progress) {
   return [&on_progress](std::size_t num_done) {
     py::gil_scoped_acquire locked;
@@ -24,6 +22,8 @@ Progress python_progress(std::optional<py::function> const& on_progress) {
     if (on_progress) (*on_progress)(num_done);
   };
 }
+
+namespace {
 
 py::capsule image_dlpack(HostImage& self, std::size_t offset_bytes, std::vector<std::int64_t> shape,
                          std::uint8_t type_code, std::uint8_t type_bits, bool versioned) {

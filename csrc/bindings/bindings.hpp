@@ -7,8 +7,10 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <vector>
 
+#include "transfer/parallel.hpp"
 #include "vmm/arena.hpp"
 
 namespace aegaeon {
@@ -20,6 +22,7 @@ namespace py = pybind11;
 using ReleaseGil = py::call_guard<py::gil_scoped_release>;
 
 void bind_driver(py::module_& module);
+void bind_file_reader(py::module_& module);
 void bind_host_image(py::module_& module);
 void bind_kv(py::module_& module);
 void bind_torch(py::module_& module);
@@ -27,6 +30,10 @@ void bind_transfer(py::module_& module);
 void bind_vmm(py::module_& module);
 void register_errors();
 py::object shortage_as_python(Shortage const& shortage);
+
+// Calls on_progress, if there is one, and notices Ctrl-C. Progress comes to the thread that called,
+// which holds no GIL. The function has to outlive what is returned.
+Progress python_progress(std::optional<py::function> const& on_progress);
 
 // A DLPack capsule of a C-contiguous tensor; `keep` lives as long as the tensor does.
 struct DLPackType {

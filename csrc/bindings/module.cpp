@@ -9,4 +9,5 @@ PYBIND11_MODULE(_C, module) {
   aegaeon::bind_transfer(module);
   aegaeon::bind_torch(module);
   aegaeon::bind_kv(module);
+  aegaeon::bind_file_reader(module);
 }
