@@ -36,6 +36,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
         {CORE, SCHED, SWITCHING, "aegaeon.switching.plan", KERNELS}
         | {"numpy", "packaging", "prometheus_client", "torch", "vllm"}
     ),
+    "aegaeon.build_image": frozenset({CORE, KERNELS, "tqdm"}),
     "aegaeon.checkpoint": frozenset({CORE, "safetensors"}),
     "aegaeon.tiny_model": frozenset({"tokenizers", "torch", "transformers"}),
 }

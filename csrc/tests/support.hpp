@@ -53,8 +53,10 @@ inline std::byte* pointer(Address address) {
 void arena_random();
 void arena_threads();
 void faults();
+void file_reader_random();
 void host_driver_random();
 void page_copy_random();
+void safetensors_random();
 void suballocator_random();
 void torch_pool_random();
 void torch_pool_threads();

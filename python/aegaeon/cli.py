@@ -1,4 +1,4 @@
-"""The command line: `aegaeon serve | generate | demo | tiny-model | check-config | config-schema`.
+"""The command line: `aegaeon serve | generate | demo | image | tiny-model | check-config` and more.
 
 Parses, calls, prints. Whatever a command does is in the module it imports, and vLLM is imported
 only by commands that need it.
@@ -113,6 +113,34 @@ def tiny_model(
 
     path = write_tiny_model(arch, out, size=size, seed=seed, overwrite=overwrite)
     print(path)
+
+
+@app.command()
+def image(
+    model_dir: Annotated[
+        Path, typer.Argument(metavar="MODEL_DIR", help="A checkpoint of safetensors files.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The image file to write.")],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read both again afterwards and compare them.")
+    ] = False,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="That read and write. Default: up to 8.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The figures as JSON.")] = False,
+) -> None:
+    """Write a checkpoint's weights as one image, in the order in which the model needs them."""
+    from aegaeon.build_image import build_image
+
+    built = build_image(model_dir, out, verify=verify, num_threads=threads)
+    if as_json:
+        print(json.dumps(vars(built)))
+        return
+    print(
+        f"{built.path}: {built.size_bytes / (1 << 20):.1f} MiB, {built.num_tensors} tensors in "
+        f"{built.num_layers} layers; read in {built.read_s:.2f} s, written in {built.write_s:.2f} s"
+        + ("; the same as the checkpoint" if verify else "")
+    )
 
 
 @app.command()
