@@ -499,7 +499,7 @@ class CudaDriver final : public Driver {
   bool can_export_ = false;
   bool can_rdma_ = false;
   std::optional<int> numa_node_;  // near the device, where memory can be created
-  std::mutex mutex_;  // guards all that follows
+  std::mutex mutex_;              // guards all that follows
   std::map<Address, NumaMemory> numa_memory_;
   std::map<Address, std::size_t> registrations_;
 };
