@@ -1,80 +1,27 @@
 // A device in this process's own memory, with CUDA's virtual memory rules and result codes.
 //
-// Physical memory is one memfd per handle; only that of an exportable handle stays open. Page
-// faults, not system calls, are what mapping costs on a CPU, so a handle's page tables are made
-// once and then moved: every handle has a parking place (a private, aligned mapping of its memfd);
-// set-access moves the page tables from there to the target address with mremap, unmap moves them
-// back. Both sides are aligned to the page directory (2 MiB), so a move is a few pointer swaps: 512
-// MiB in 0.15 ms, against 170 ms for unmapping and faulting again. MREMAP_DONTUNMAP leaves the old
-// range mapped, so that no other thread's mmap can land in it.
+// Page faults, not system calls, are what mapping costs on a CPU, so the page tables of a handle
+// are made once and then moved: set-access moves them with mremap from the handle's parking place
+// (host_memory.hpp) to the target address, unmap moves them back, in one call each for handles that
+// are neighbours in both places. Both sides are aligned to the page directory (2 MiB), so a move is
+// a few pointer swaps: 512 MiB in 0.15 ms, against 170 ms for unmapping and faulting again. Where
+// the kernel cannot, page tables stay parked, and a mapping is a second view of the same pages,
+// which faults them in again.
 #include <fcntl.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <atomic>
-#include <cerrno>
 #include <map>
 #include <mutex>
 #include <unordered_map>
 
 #include "driver/driver.hpp"
+#include "driver/host_memory.hpp"
 #include "driver/host_streams.hpp"
 
 namespace aegaeon {
 namespace {
-
-constexpr std::size_t kGranularity = std::size_t{2} << 20;
-
-void* pointer(Address address) noexcept {
-  return reinterpret_cast<void*>(address);
-}
-Address address_of(void const* memory) noexcept {
-  return reinterpret_cast<Address>(memory);
-}
-
-std::size_t page_bytes() noexcept {
-  return static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
-}
-
-// Maps anonymous inaccessible memory over the range, replacing what is there.
-bool make_inaccessible(Address address, std::size_t bytes) noexcept {
-  return mmap(pointer(address), bytes, PROT_NONE,
-              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0) != MAP_FAILED;
-}
-
-Address reserve_aligned(std::size_t bytes, std::size_t alignment) noexcept {
-  void* raw = mmap(nullptr, bytes + alignment, PROT_NONE,
-                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (raw == MAP_FAILED) return 0;
-  Address begin = address_of(raw);
-  Address aligned = (begin + alignment - 1) / alignment * alignment;
-  if (aligned > begin) munmap(raw, aligned - begin);
-  munmap(pointer(aligned + bytes), begin + alignment - aligned);
-  return aligned;
-}
-
-// MREMAP_DONTUNMAP of shared memory came with Linux 5.13. Without it page tables stay parked, and
-// a mapping is a second view of the same pages, which faults them in again.
-bool probe_page_table_moves() noexcept {
-  int fd = memfd_create("aegaeon-probe", MFD_CLOEXEC);
-  if (fd < 0) return false;
-  auto page = page_bytes();
-  bool works = false;
-  if (ftruncate(fd, static_cast<off_t>(page)) == 0) {
-    void* from = mmap(nullptr, page, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-    void* to = mmap(nullptr, page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (from != MAP_FAILED && to != MAP_FAILED) {
-      // Fixed, as in use; and glibc 2.36 passes no address, but garbage, without MREMAP_FIXED.
-      works = mremap(from, page, page, MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP, to) == to;
-    }
-    if (from != MAP_FAILED) munmap(from, page);
-    if (to != MAP_FAILED) munmap(to, page);
-  }
-  close(fd);
-  return works;
-}
 
 int protection(Access access) noexcept {
   switch (access) {
@@ -88,28 +35,11 @@ int protection(Access access) noexcept {
   return PROT_NONE;
 }
 
-// What an importer maps must not shrink beneath it.
-constexpr int kSizeSeals = F_SEAL_SHRINK | F_SEAL_GROW;
-
-// A mapping of the whole file; 0 when there is no room for it.
-Address map_parking(int fd, std::size_t bytes) noexcept {
-  Address parking = reserve_aligned(bytes, kGranularity);
-  if (parking != 0 && mmap(pointer(parking), bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED,
-                           fd, 0) == MAP_FAILED) {
-    munmap(pointer(parking), bytes);
-    parking = 0;
-  }
-  return parking;
-}
-
 struct Memory {
-  std::size_t bytes = 0;
-  Address parking = 0;
+  HostMemory::Piece piece;
   bool parked = true;  // whether the page tables are at the parking place
   bool released = false;
   std::size_t num_mappings = 0;
-  int fd = -1;          // of an exportable handle
-  ino_t inode = 0;      // of memory that other handles may share
   bool charged = true;  // against our capacity
 };
 
@@ -120,13 +50,19 @@ struct Mapped {
   Access access = Access::kNone;
   bool present = false;            // the target range shows the memory (from the first set-access)
   bool holds_page_tables = false;  // they were moved here from the parking place
+
+  [[nodiscard]] bool is_followed_by(Mapped const& next) const noexcept {
+    return memory->piece.is_followed_by(next.memory->piece) && present == next.present &&
+           access == next.access && holds_page_tables == next.holds_page_tables &&
+           memory->parked == next.memory->parked;
+  }
 };
 
 class HostDriver final : public Driver {
  public:
   HostDriver(std::size_t capacity_bytes, bool move_page_tables)
       : capacity_(capacity_bytes),
-        can_move_(move_page_tables && probe_page_table_moves()),
+        can_move_(move_page_tables ? probe_page_table_moves() : PageTableMoves{}),
         process_(getpid()) {}
 
   ~HostDriver() override {
@@ -138,17 +74,13 @@ class HostDriver final : public Driver {
     }
     streams_.clear();  // joins the workers, which may still be copying
     for (auto const& [address, bytes] : reservations_) munmap(pointer(address), bytes);
-    for (auto const& [handle, memory] : memories_) {
-      munmap(pointer(memory.parking), memory.bytes);
-      if (memory.fd >= 0) close(memory.fd);
-    }
     for (auto const& [memory, bytes] : host_memory_) munmap(memory, bytes);
   }
 
   std::string name() const override { return "host"; }
   DeviceKind kind() const noexcept override { return DeviceKind::kHost; }
   int device_index() const noexcept override { return 0; }
-  std::size_t granularity_bytes() const noexcept override { return kGranularity; }
+  std::size_t granularity_bytes() const noexcept override { return kHostGranularity; }
 
   std::string describe(Result code) const override {
     switch (code) {
@@ -181,22 +113,12 @@ class HostDriver final : public Driver {
 
   Result mem_create(MemHandle* handle, std::size_t bytes, bool exportable) noexcept override {
     std::lock_guard lock(mutex_);
-    if (bytes == 0 || bytes % kGranularity != 0) return kInvalidValue;
+    if (bytes == 0 || bytes % kHostGranularity != 0) return kInvalidValue;
     if (bytes > capacity_ - used_) return kDriverOutOfMemory;
-    int fd = memfd_create("aegaeon-memory", MFD_CLOEXEC | MFD_ALLOW_SEALING);
-    if (fd < 0) return kDriverOutOfMemory;
-    struct stat file{};
-    bool sized = ftruncate(fd, static_cast<off_t>(bytes)) == 0 &&
-                 fcntl(fd, F_ADD_SEALS, kSizeSeals) == 0 && fstat(fd, &file) == 0;
-    Address parking = sized ? map_parking(fd, bytes) : 0;
-    // The mapping keeps the memory; an open descriptor per handle would meet the process's limit.
-    if (!exportable || parking == 0) close(fd);
-    if (parking == 0) return kDriverOutOfMemory;
+    auto piece = files_.create(bytes, exportable);
+    if (piece.file == nullptr) return kDriverOutOfMemory;
     *handle = next_id_++;
-    memories_.emplace(*handle, Memory{.bytes = bytes,
-                                      .parking = parking,
-                                      .fd = exportable ? fd : -1,
-                                      .inode = exportable ? file.st_ino : 0});
+    memories_.emplace(*handle, Memory{.piece = piece});
     used_ += bytes;
     return kSuccess;
   }
@@ -205,8 +127,9 @@ class HostDriver final : public Driver {
     std::lock_guard lock(mutex_);
     auto found = memories_.find(handle);
     if (found == memories_.end() || found->second.released) return kInvalidValue;
-    if (found->second.fd < 0) return kInvalidValue;
-    int exported = fcntl(found->second.fd, F_DUPFD_CLOEXEC, 0);
+    auto const& file = *found->second.piece.file;
+    if (file.fd < 0 || file.inode == 0) return kInvalidValue;
+    int exported = fcntl(file.fd, F_DUPFD_CLOEXEC, 0);
     if (exported < 0) return kDriverOutOfMemory;
     *fd = exported;
     return kSuccess;
@@ -214,19 +137,12 @@ class HostDriver final : public Driver {
 
   Result mem_import(MemHandle* handle, int fd, std::size_t bytes) noexcept override {
     std::lock_guard lock(mutex_);
-    struct stat file{};
-    int seals = fcntl(fd, F_GET_SEALS);
-    if (seals < 0 || (seals & kSizeSeals) != kSizeSeals || fstat(fd, &file) != 0) {
-      return kInvalidValue;
-    }
-    if (bytes == 0 || bytes % kGranularity != 0) return kInvalidValue;
-    if (file.st_size != static_cast<off_t>(bytes)) return kInvalidValue;
-    Address parking = map_parking(fd, bytes);
-    if (parking == 0) return kDriverOutOfMemory;
+    if (bytes == 0 || bytes % kHostGranularity != 0) return kInvalidValue;
+    Result why_not = kSuccess;
+    auto piece = files_.import(fd, bytes, &why_not);
+    if (piece.file == nullptr) return why_not;
     *handle = next_id_++;
-    memories_.emplace(
-        *handle,
-        Memory{.bytes = bytes, .parking = parking, .inode = file.st_ino, .charged = false});
+    memories_.emplace(*handle, Memory{.piece = piece, .charged = false});
     return kSuccess;
   }
 
@@ -242,9 +158,9 @@ class HostDriver final : public Driver {
   Result address_reserve(Address* address, std::size_t bytes,
                          std::size_t alignment) noexcept override {
     std::lock_guard lock(mutex_);
-    if (bytes == 0 || bytes % kGranularity != 0) return kInvalidValue;
+    if (bytes == 0 || bytes % kHostGranularity != 0) return kInvalidValue;
     if ((alignment & (alignment - 1)) != 0) return kInvalidValue;
-    Address begin = reserve_aligned(bytes, std::max(alignment, kGranularity));
+    Address begin = reserve_aligned(bytes, std::max(alignment, kHostGranularity));
     if (begin == 0) return kDriverOutOfMemory;
     reservations_.emplace(begin, bytes);
     *address = begin;
@@ -267,8 +183,8 @@ class HostDriver final : public Driver {
     std::lock_guard lock(mutex_);
     auto found = memories_.find(handle);
     if (found == memories_.end() || found->second.released) return kInvalidValue;
-    if (offset != 0 || bytes != found->second.bytes) return kInvalidValue;
-    if (address % kGranularity != 0 || !reserved(address, bytes)) return kInvalidValue;
+    if (offset != 0 || bytes != found->second.piece.bytes) return kInvalidValue;
+    if (address % kHostGranularity != 0 || !reserved(address, bytes)) return kInvalidValue;
     auto next = mapped_.lower_bound(address);
     if (next != mapped_.end() && next->first < address + bytes) return kInvalidValue;
     if (next != mapped_.begin()) {
@@ -286,12 +202,13 @@ class HostDriver final : public Driver {
     auto run = whole_mappings(address, bytes);
     if (run.first == run.second) return kInvalidValue;
     bool same_protection = true;
-    for (auto it = run.first; it != run.second; ++it) {
-      auto& mapped = it->second;
-      if (access != Access::kNone && !mapped.present && !show(it->first, mapped)) {
-        return kDriverOutOfMemory;
+    for (auto it = run.first; it != run.second;) {
+      auto next = std::next(it);
+      if (access != Access::kNone && !it->second.present) {
+        next = end_of_neighbours(it, run.second);
+        if (!show(it, next)) return kDriverOutOfMemory;
       }
-      same_protection = same_protection && mapped.access == access;
+      for (; it != next; ++it) same_protection = same_protection && it->second.access == access;
     }
     if (!same_protection && mprotect(pointer(address), bytes, protection(access)) != 0) {
       return kDriverOutOfMemory;
@@ -305,9 +222,14 @@ class HostDriver final : public Driver {
     auto run = whole_mappings(address, bytes);
     if (run.first == run.second) return kInvalidValue;
     bool any_present = false;
-    for (auto it = run.first; it != run.second; ++it) {
+    for (auto it = run.first; it != run.second;) {
       any_present = any_present || it->second.present;
-      if (it->second.holds_page_tables) park(it->first, it->second);
+      auto next = std::next(it);
+      if (it->second.holds_page_tables) {
+        next = end_of_neighbours(it, run.second);
+        park(it, next);
+      }
+      it = next;
     }
     // Not mprotect: this drops the range's hold on the memory, and merges with its neighbours.
     if (any_present && !make_inaccessible(address, bytes)) return kDriverOutOfMemory;
@@ -529,61 +451,79 @@ class HostDriver final : public Driver {
     return false;
   }
 
-  // Makes the memory visible at its target, readable and writable.
-  bool show(Address target, Mapped& mapped) noexcept {
-    auto& memory = *mapped.memory;
-    bool move = memory.parked && can_move_;
-    // An old size of 0 duplicates a shared mapping: one more view of the same memory.
-    std::size_t old_bytes = move ? memory.bytes : 0;
-    int flags = MREMAP_MAYMOVE | MREMAP_FIXED | (move ? MREMAP_DONTUNMAP : 0);
-    if (mremap(pointer(memory.parking), old_bytes, memory.bytes, flags, pointer(target)) ==
-        MAP_FAILED) {
-      return false;
+  // Of the mappings that one call of the kernel can treat as the first one: neighbours in memory
+  // too, and in the same state.
+  Mappings::iterator end_of_neighbours(Mappings::iterator begin, Mappings::iterator end) const {
+    auto last = begin;
+    auto next = std::next(begin);
+    while (can_move_.runs && next != end && last->second.is_followed_by(next->second)) {
+      last = next++;
     }
-    mapped.present = true;
-    mapped.access = Access::kReadWrite;
-    mapped.holds_page_tables = move;
-    if (move) memory.parked = false;
+    return next;
+  }
+
+  // Makes the memory visible at its target, readable and writable.
+  bool show(Mappings::iterator begin, Mappings::iterator end) noexcept {
+    auto const& memory = *begin->second.memory;
+    auto parking = memory.piece.parking;
+    auto bytes = bytes_of(begin, end);
+    bool move = memory.parked && can_move_.pieces && move_page_tables(parking, begin->first, bytes);
+    if (!move && !duplicate_view(parking, begin->first, bytes)) return false;
+    for (auto it = begin; it != end; ++it) {
+      it->second.present = true;
+      it->second.access = Access::kReadWrite;
+      it->second.holds_page_tables = move;
+      if (move) it->second.memory->parked = false;
+    }
     return true;
   }
 
-  void park(Address target, Mapped& mapped) noexcept {
-    auto& memory = *mapped.memory;
-    // Failure costs page faults, not data: the parking place shows the memory in any case.
-    static_cast<void>(mremap(pointer(target), memory.bytes, memory.bytes,
-                             MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP,
-                             pointer(memory.parking)));
-    if (mapped.access != Access::kReadWrite) {
-      mprotect(pointer(memory.parking), memory.bytes, PROT_READ | PROT_WRITE);
+  void park(Mappings::iterator begin, Mappings::iterator end) noexcept {
+    auto parking = begin->second.memory->piece.parking;
+    auto bytes = bytes_of(begin, end);
+    // Failure costs page faults, not data.
+    if (!move_page_tables(begin->first, parking, bytes)) {
+      duplicate_view(begin->first, parking, bytes);
     }
-    memory.parked = true;
-    mapped.holds_page_tables = false;
+    if (begin->second.access != Access::kReadWrite) {
+      mprotect(pointer(parking), bytes, PROT_READ | PROT_WRITE);
+    }
+    for (auto it = begin; it != end; ++it) {
+      it->second.memory->parked = true;
+      it->second.holds_page_tables = false;
+    }
+  }
+
+  static std::size_t bytes_of(Mappings::iterator begin, Mappings::iterator end) noexcept {
+    auto const& last = *std::prev(end);
+    return last.first + last.second.bytes - begin->first;
   }
 
   void reap(std::unordered_map<MemHandle, Memory>::iterator memory) noexcept {
     if (!memory->second.released || memory->second.num_mappings != 0) return;
     Memory gone = memory->second;
-    munmap(pointer(gone.parking), gone.bytes);
-    if (gone.fd >= 0) close(gone.fd);
+    auto inode = gone.piece.file->inode;
+    files_.destroy(gone.piece);
     memories_.erase(memory);
     if (!gone.charged) return;
     // Memory that we imported from ourselves is there, and paid for, until its last handle goes.
     auto heir = std::find_if(memories_.begin(), memories_.end(), [&](auto const& other) {
-      return gone.inode != 0 && other.second.inode == gone.inode;
+      return inode != 0 && other.second.piece.file->inode == inode;
     });
     if (heir != memories_.end()) {
       heir->second.charged = true;
     } else {
-      used_ -= gone.bytes;
+      used_ -= gone.piece.bytes;
     }
   }
 
   std::size_t const capacity_;
-  bool const can_move_;
+  PageTableMoves const can_move_;
   pid_t const process_;
   mutable std::mutex mutex_;  // guards all that follows
   std::size_t used_ = 0;
   std::uint64_t next_id_ = 1;
+  HostMemory files_;
   std::unordered_map<MemHandle, Memory> memories_;  // elements keep their place; Mapped points here
   std::map<Address, std::size_t> reservations_;
   Mappings mapped_;

@@ -5,6 +5,8 @@
 #include <cstring>
 #include <utility>
 
+#include "driver/host_copy.hpp"
+
 namespace aegaeon {
 
 std::uint64_t HostEvent::begin_record() {
@@ -103,7 +105,7 @@ void HostStream::run() {
     for (auto& operation : batch) {
       switch (operation.kind) {
         case Kind::kCopy:
-          std::memmove(operation.destination, operation.source, operation.bytes);
+          copy_bytes(operation.destination, operation.source, operation.bytes);
           break;
         case Kind::kFill:
           std::memset(operation.destination, operation.value, operation.bytes);

@@ -10,6 +10,7 @@ int main(int argc, char** argv) {
       {"arena_threads", arena_threads},
       {"faults", faults},
       {"file_reader_random", file_reader_random},
+      {"host_copy", host_copy},
       {"host_driver_random", host_driver_random},
       {"page_copy_random", page_copy_random},
       {"safetensors_random", safetensors_random},

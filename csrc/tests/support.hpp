@@ -54,6 +54,7 @@ void arena_random();
 void arena_threads();
 void faults();
 void file_reader_random();
+void host_copy();
 void host_driver_random();
 void page_copy_random();
 void safetensors_random();

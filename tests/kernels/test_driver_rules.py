@@ -6,6 +6,7 @@ import ctypes
 import mmap
 import resource
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -457,3 +458,36 @@ def test_memory_that_was_touched_once_is_mapped_again_without_page_faults(
         driver.mem_unmap(ranges[0], size)
         driver.mem_unmap(ranges[1], size)
         assert faults_of_a_write(address) < 10
+
+
+def test_neighbouring_handles_are_one_area_to_the_kernel(host: FaultyDevice) -> None:
+    """They move in one call, and count once against vm.max_map_count. Linux 5.13 or later."""
+    num_handles = 64
+    size = num_handles * GRANULE
+    driver = host._driver
+    handles = [driver.mem_create(GRANULE)[1] for _ in range(num_handles)]
+    address = driver.address_reserve(size, 0)[1]
+
+    def num_areas() -> int:
+        return len(Path("/proc/self/maps").read_text().splitlines())
+
+    before = num_areas()
+    for turn in range(3):
+        for i, handle in enumerate(handles):
+            assert driver.mem_map(address + i * GRANULE, GRANULE, 0, handle) == OK
+        assert driver.mem_set_access(address, size, READWRITE) == OK
+        assert num_areas() <= before + 4, "as many areas as handles"
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        ctypes.memset(address, turn, size)
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+        assert turn == 0 or faults < 10
+        # Parts that were touched alone are taken along.
+        assert driver.mem_unmap(address + 5 * GRANULE, GRANULE) == OK
+        assert driver.mem_map(address + 5 * GRANULE, GRANULE, 0, handles[5]) == OK
+        assert driver.mem_set_access(address + 5 * GRANULE, GRANULE, READWRITE) == OK
+        assert driver.mem_unmap(address, size) == OK
+        assert num_areas() <= before + 4
+    assert driver.address_free(address, size) == OK
+    for handle in handles:
+        assert driver.mem_release(handle) == OK
+    assert host.live == {}
