@@ -26,6 +26,24 @@ class SimulatedCopy(NamedTuple):
     end_s: float
 
 
+class ClockLimit:
+    """See SimulatedDevice.clock_limit()."""
+
+    def __init__(self, simulated: _C.SimulatedDriver) -> None:
+        self._simulated = simulated
+
+    def move(self, limit_s: float) -> None:
+        self._simulated.hold_clock(limit_s)
+
+    def reach(self) -> None:
+        """Return when the clock is there: when somebody waits for a later time.
+
+        Raises TimeoutError when nobody does within a minute.
+        """
+        if not self._simulated.await_held():
+            raise TimeoutError(f"nobody waits for a later time than {self._simulated.now_s} s")
+
+
 class SimulatedDevice(Device):
     """One copy engine per direction, first come first served, on a clock that starts at 0.
 
@@ -62,17 +80,12 @@ class SimulatedDevice(Device):
         self._simulated.advance(time_s)
 
     @contextmanager
-    def held_at(self, limit_s: float) -> Iterator[None]:
-        """Inside the block nobody's waiting moves the clock beyond this time; enters at that point.
-
-        Begins when somebody waits for a later time: there has to be work that takes longer.
-        Raises TimeoutError when nobody does within a minute.
-        """
-        self._simulated.hold_clock(limit_s)
+    def clock_limit(self, limit_s: float) -> Iterator[ClockLimit]:
+        """Inside the block nobody's waiting moves the clock beyond this time."""
+        limit = ClockLimit(self._simulated)
+        limit.move(limit_s)
         try:
-            if not self._simulated.await_held():
-                raise TimeoutError(f"nobody waits for a time after {limit_s} s")
-            yield
+            yield limit
         finally:
             self._simulated.release_clock()
 

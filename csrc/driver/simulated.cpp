@@ -50,9 +50,11 @@ void SimulatedDriver::hold_clock(Clock::time_point limit) {
 
 bool SimulatedDriver::await_held() {
   Lock lock(mutex_);
-  return targets_changed_.wait_for(lock, std::chrono::minutes(1), [&] {
+  bool held = targets_changed_.wait_for(lock, std::chrono::minutes(1), [&] {
     return !targets_.empty() && *targets_.rbegin() > limit_;
   });
+  if (held) now_ = std::max(now_, limit_);
+  return held;
 }
 
 std::vector<SimulatedCopy> SimulatedDriver::copies() const {

@@ -53,7 +53,8 @@ class SimulatedDriver final : public Driver, public TimeSource {
   void advance(Clock::duration duration);
   void hold_clock(Clock::time_point limit);
   void release_clock() { hold_clock(Clock::time_point::max()); }
-  // Until somebody waits for a time beyond the limit; false when nobody came within a minute.
+  // Until somebody waits for a time beyond the limit, where the clock then is; false when nobody
+  // has come within a minute.
   [[nodiscard]] bool await_held();
   // The stream is busy for so long, as with a kernel.
   Result compute(StreamId stream, std::chrono::nanoseconds duration) noexcept;

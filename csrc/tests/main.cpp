@@ -8,7 +8,6 @@ int main(int argc, char** argv) {
   std::map<std::string, std::function<void()>> const tests{
       {"arena_random", arena_random},
       {"arena_threads", arena_threads},
-      {"faults", faults},
       {"file_reader_random", file_reader_random},
       {"host_copy", host_copy},
       {"host_driver_random", host_driver_random},
@@ -17,7 +16,9 @@ int main(int argc, char** argv) {
       {"suballocator_random", suballocator_random},
       {"torch_pool_random", torch_pool_random},
       {"torch_pool_threads", torch_pool_threads},
-      {"transfers_random", transfers_random},
+      {"transfer_faults", transfer_faults},
+      {"transfers_on_host", transfers_on_host},
+      {"transfers_on_simulated", transfers_on_simulated},
   };
   std::vector<std::string> names(argv + 1, argv + argc);
   if (names.empty()) {

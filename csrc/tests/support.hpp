@@ -52,7 +52,6 @@ inline std::byte* pointer(Address address) {
 
 void arena_random();
 void arena_threads();
-void faults();
 void file_reader_random();
 void host_copy();
 void host_driver_random();
@@ -61,6 +60,8 @@ void safetensors_random();
 void suballocator_random();
 void torch_pool_random();
 void torch_pool_threads();
-void transfers_random();
+void transfer_faults();
+void transfers_on_host();
+void transfers_on_simulated();
 
 }  // namespace aegaeon::tests

@@ -3,8 +3,8 @@
 #include <atomic>
 #include <thread>
 
-#include "tests/support.hpp"
 #include "driver/stream.hpp"
+#include "tests/support.hpp"
 #include "vmm/torch_pool.hpp"
 
 extern "C" {

@@ -329,17 +329,15 @@ void Prefetcher::end_throttling(Lane& lane, Clock::time_point now) {
 }
 
 // One event can be waited for at a time: that of the chunk which should be over first, going by
-// what its engine has done so far. Waiting for the other direction's would leave this engine idle.
+// what the link has done of late. Waiting for the other direction's would leave this engine idle.
 Prefetcher::Lane* Prefetcher::next_to_finish() {
   Lane* next = nullptr;
   Clock::time_point earliest;
   for (auto& lane : lanes_) {
     if (lane.in_flight.empty()) continue;
-    auto end = lane.front_since;
-    if (lane.bytes_per_s > 0) {
-      end += std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(
-          static_cast<double>(lane.in_flight.front().bytes) / lane.bytes_per_s));
-    }
+    auto time = static_cast<double>(lane.in_flight.front().bytes) * recent_s_ / recent_bytes_;
+    auto end = lane.front_since +
+               std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(time));
     if (next != nullptr && end >= earliest) continue;
     next = &lane;
     earliest = end;
@@ -373,11 +371,8 @@ void Prefetcher::reap(Lock& lock, Lane& lane) {
     fail(*ticket, error);
   } else {
     lane.stats.bytes += chunk.bytes;
-    if (now > lane.front_since) {
-      // Up at once, down slowly: this thread may come late, an engine is never early.
-      auto seen = static_cast<double>(chunk.bytes) / seconds(now - lane.front_since);
-      lane.bytes_per_s = std::max(seen, 0.9 * lane.bytes_per_s);
-    }
+    recent_bytes_ = 0.9 * recent_bytes_ + static_cast<double>(chunk.bytes);
+    recent_s_ = 0.9 * recent_s_ + seconds(now - lane.front_since);
     // After a failed chunk the later ones are not what bytes_done promises, a prefix.
     if (!ticket->error_) {
       ticket->bytes_done_ += chunk.bytes;

@@ -87,7 +87,6 @@ class Prefetcher {
     std::deque<Chunk> in_flight;
     Clock::time_point busy_since{};
     Clock::time_point front_since{};  // the oldest chunk in flight has had the engine since then
-    double bytes_per_s = 0;           // what the engine does, as seen so far; 0: nothing seen
     RateLimit limit;
     std::optional<Clock::time_point> throttled_since;
     DirectionStats stats;
@@ -116,8 +115,12 @@ class Prefetcher {
   std::size_t const depth_;
   std::optional<std::int64_t> const cap_exempt_priority_;
   std::shared_ptr<TransferQueue> const queue_;
-  std::size_t chunk_bytes_;                 // guarded by the queue's mutex, as is all below but the
-  std::array<Lane, kNumDirections> lanes_;  // streams and events
+  // Guarded by the queue's mutex, but for the streams and events:
+  std::size_t chunk_bytes_;
+  std::array<Lane, kNumDirections> lanes_;
+  // Of the last ten chunks or so, in either direction; at first a guess that carries no weight.
+  double recent_bytes_ = 1;
+  double recent_s_ = 1e-9;
   std::mutex close_mutex_;
   pid_t const process_;
   std::thread thread_;

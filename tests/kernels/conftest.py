@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 from kernel_support import DEVICES, MIB, DeviceBytes, StubCuda, build_stub, open_device
+from prefetch_support import Setup
 
 import aegaeon_kernels as ak
 from aegaeon_kernels.testing import FaultyDevice
@@ -44,3 +45,11 @@ def host_bytes(host: FaultyDevice) -> Iterator[DeviceBytes]:
     access = DeviceBytes(host)
     yield access
     access.close()
+
+
+@pytest.fixture
+def setup(device: FaultyDevice) -> Iterator[Setup]:
+    """Something to transfer."""
+    setup = Setup(device)
+    yield setup
+    setup.close()

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pytest
 
 import aegaeon_kernels as ak
+from aegaeon_kernels.testing import SimulatedDevice
 
 MIB = 1 << 20
 GRANULE = 2 * MIB
@@ -98,6 +99,8 @@ def open_device(kind: str, request: pytest.FixtureRequest) -> ak.Device:
     if kind == "stub":
         stub: StubCuda = request.getfixturevalue("stub_cuda")
         return ak.Device("cuda:0", library=stub.path)
+    if kind == "simulated":
+        return SimulatedDevice(memory_bytes=1024 * MIB)
     return ak.Device("cuda:0") if kind == "cuda" else ak.Device("host", memory_bytes=1024 * MIB)
 
 

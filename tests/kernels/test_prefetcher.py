@@ -4,72 +4,19 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from kernel_support import DEVICES, GRANULE, MIB, DeviceBytes, assert_ledger, open_device, pattern
+from kernel_support import GRANULE, MIB, DeviceBytes, assert_ledger, open_device
+from prefetch_support import CHUNK, SIZE, SOON, TRANSFER_DEVICES, Setup, until
 
 import aegaeon_kernels as ak
-from aegaeon_kernels.testing import FaultyDevice, SimulatedDevice, assert_bitwise_equal
-
-SIZE = 16 * GRANULE
-CHUNK = GRANULE
-SOON = 20.0  # a generous time for what takes milliseconds
+from aegaeon_kernels.testing import FaultyDevice, assert_bitwise_equal
 
 
-@pytest.fixture(params=[*DEVICES, "simulated"])
+@pytest.fixture(params=TRANSFER_DEVICES)
 def device(request: pytest.FixtureRequest) -> FaultyDevice:
-    """Also one whose copies happen at the last moment: a wait too few shows every time."""
-    if request.param == "simulated":
-        return FaultyDevice(SimulatedDevice(memory_bytes=1024 * MIB))
     return FaultyDevice(open_device(request.param, request))
-
-
-class Setup:
-    """An image and a mapped region of SIZE bytes, and a prefetcher with small chunks."""
-
-    def __init__(self, device: FaultyDevice, size: int = SIZE) -> None:
-        self.device = device
-        self.arena = ak.Arena(device, capacity_bytes=4 * size, handle_bytes=4 * GRANULE)
-        self.region = self.arena.reserve(size, owner="a", tag="weights")
-        self.region.map()
-        self.data = pattern(size, seed=5)
-        self.image = self.new_image(self.data)
-        self.prefetcher = ak.Prefetcher(device, chunk_bytes=CHUNK, depth=2)
-        device.reset()
-
-    def new_image(self, data: np.ndarray) -> ak.HostImage:
-        image = ak.HostImage.allocate(len(data), device=self.device)
-        np.frombuffer(image, np.uint8)[:] = data
-        return image
-
-    def load(self, **options: object) -> ak.Ticket:
-        return self.prefetcher.load(self.image, self.region, **options)
-
-    def offsets(self) -> list[tuple[int, int]]:
-        """(offset, size) of the copies so far, in granules where they are whole."""
-        return [(address - self.region.address, size) for _, address, size in self.device.copies]
-
-    def close(self) -> None:
-        self.prefetcher.close()
-        self.arena.close()
-        del self.image
-        assert self.device.live == {}
-
-
-@pytest.fixture
-def setup(device: FaultyDevice) -> Iterator[Setup]:
-    setup = Setup(device)
-    yield setup
-    setup.close()
-
-
-def until(condition: object) -> None:
-    deadline = time.monotonic() + SOON
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline, "it does not happen"
-        time.sleep(0.001)
 
 
 def test_a_load_brings_the_image_bit_for_bit(setup: Setup, device_bytes: DeviceBytes) -> None:
