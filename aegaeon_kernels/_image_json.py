@@ -31,7 +31,7 @@ def encode_metadata(metadata: Metadata) -> bytes:
             raise ValueError(f"metadata {key!r} is {value}: it does not fit 64 bits")
     if not metadata:
         return b""
-    text = json.dumps(metadata, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    text = json.dumps(dict(metadata), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     encoded = text.encode()  # a lone surrogate is a UnicodeEncodeError, which is a ValueError
     if len(encoded) > _C.MAX_METADATA_BYTES:
         raise ValueError(

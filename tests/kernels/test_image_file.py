@@ -176,13 +176,15 @@ VALUES = st.one_of(st.text(max_size=50), st.integers(-(1 << 63), (1 << 63) - 1))
 @settings(max_examples=100, deadline=None)
 @given(st.dictionaries(NAMES, VALUES, max_size=10))
 def test_metadata_comes_back(metadata: dict[str, str | int]) -> None:
-    image = ak.HostImage.allocate(1)
+    image, copy = ak.HostImage.allocate(1), ak.HostImage.allocate(1)
     try:
         image.metadata = metadata
     except UnicodeEncodeError:  # a lone surrogate is no text
         assert any("\ud800" <= c <= "\udfff" for c in str(metadata) + "".join(metadata))
         return
     assert image.metadata == metadata
+    copy.metadata = image.metadata
+    assert copy.metadata == metadata
     assert [type(value) for value in image.metadata.values()] == [
         type(metadata[key]) for key in image.metadata
     ]
