@@ -517,6 +517,7 @@ import aegaeon_kernels as ak
 image = ak.HostImage.allocate(200 << 20)
 image.seal()
 image.save(sys.argv[1])
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in the background
 main = os.getpid()
 def interrupt(done, total):
     os.kill(main, signal.SIGINT)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import aegaeon_kernels as ak
 
-# Without this mypy reads all of torch to check a file that does not mention it.
+# Without this mypy reads all of torch, and misses stubs of triton, to check a file without either.
 MYPY_CONFIG = """
 [mypy]
-[mypy-torch.*,numpy.*]
+[mypy-torch.*,triton.*,numpy.*]
 follow_imports = skip
 follow_imports_for_stubs = true
 ignore_missing_imports = true
