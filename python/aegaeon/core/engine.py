@@ -52,3 +52,6 @@ class Residency(Protocol):
         Raises an `AegaeonError` or an `aegaeon_kernels.Error` when it cannot; then every model
         is as it was, or at worst evicted with all its bytes safe on the host.
         """
+
+    def prefetch(self, name: str) -> bool:
+        """Begin to bring `name` in while the current model runs; whether there is room for it."""

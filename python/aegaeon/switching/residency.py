@@ -8,12 +8,18 @@ own stable virtual range; units come and go one by one, a model runs when both a
 import enum
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import aegaeon_kernels as ak
 from aegaeon.switching.kv_store import BlockShape, HostKVStore
 from aegaeon_kernels.kv_layout import KVLayout
+
+
+# Of transfers, smaller goes first: what a switch waits for overtakes what is brought in ahead of it.
+SWITCH_PRIORITY = 0
+AHEAD_PRIORITY = 1
 
 
 class ModelState(enum.Enum):
@@ -106,12 +112,56 @@ class WeightsUnit(Unit):
     def __init__(self, region: ak.Region, image: ak.HostImage) -> None:
         super().__init__(region)
         self.image = image
+        self._ahead: ak.Ticket | None = None
 
     def move_cost_bytes(self) -> int:
         return self.image.size_bytes
 
+    @property
+    def loading_ahead(self) -> bool:
+        """A load that nobody waits for yet is under way, or has ended well."""
+        return self._ahead is not None and self._ahead.error is None
+
+    @property
+    def bytes_ahead(self) -> int:
+        """What that load has brought in so far."""
+        return 0 if self._ahead is None else self._ahead.bytes_done
+
+    def load_ahead(self, prefetcher: ak.Prefetcher) -> None:
+        """Map, and begin to load before the bytes are needed; `start_load` goes on with it.
+
+        On failure nothing is mapped and nothing loads.
+        """
+        self.map()
+        try:
+            self._ahead = prefetcher.load(self.image, self.region, priority=AHEAD_PRIORITY)
+        except BaseException:
+            self.unmap()
+            raise
+
     def start_load(self, prefetcher: ak.Prefetcher) -> ak.Ticket | None:
-        return prefetcher.load(self.image, self.region)
+        ahead, self._ahead = self._ahead, None
+        if ahead is None or ahead.error is not None:
+            return prefetcher.load(self.image, self.region, priority=SWITCH_PRIORITY)
+        ahead.set_priority(SWITCH_PRIORITY)
+        return ahead
+
+    def unmap(self) -> None:
+        self._cancel_ahead()
+        super().unmap()
+
+    def close(self) -> None:
+        self._cancel_ahead()
+        super().close()
+
+    def _cancel_ahead(self) -> None:
+        if self._ahead is None:
+            return
+        ahead, self._ahead = self._ahead, None
+        ahead.cancel()
+        # Only its end matters: the memory is about to change hands.
+        with suppress(ak.Error):
+            ahead.wait()
 
 
 @dataclass(frozen=True)
@@ -316,4 +366,6 @@ class ModelMemory:
             return ModelState.COLD
         if all(unit.resident for unit in self.units):
             return ModelState.RESIDENT
+        if any(isinstance(unit, WeightsUnit) and unit.loading_ahead for unit in self.units):
+            return ModelState.LOADING
         return ModelState.HOST

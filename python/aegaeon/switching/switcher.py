@@ -39,6 +39,7 @@ class SwitchFailed(AegaeonError):
 class SwitchRecord:
     """One activation. Times in seconds; `path` is hot (all was resident) or warm (host image).
 
+    bytes_ahead: of bytes_in, what a prefetch had brought in when the switch began.
     dropped_blocks, recomputed_requests: KV that the host had no room for; see `Switcher`.
     """
 
@@ -51,6 +52,7 @@ class SwitchRecord:
     map_s: float = 0.0
     load_s: float = 0.0
     bytes_in: int = 0
+    bytes_ahead: int = 0
     bytes_out: int = 0
     evicted: tuple[str, ...] = ()
     dropped_blocks: int = 0
@@ -64,7 +66,9 @@ class SwitchTotals:
     hot: int = 0
     warm: int = 0
     failed: int = 0
+    prefetches: int = 0
     bytes_in: int = 0
+    bytes_ahead: int = 0
     bytes_out: int = 0
     dropped_blocks: int = 0
     recomputed_requests: int = 0
@@ -229,6 +233,7 @@ class Switcher:
         phases = _Phases()
         dropped = self._make_room_on_host(units, plan)
         bytes_out = bytes_in = 0
+        bytes_ahead = sum(u.bytes_ahead for u in incoming if isinstance(u, WeightsUnit))
         self._mark(evicted_models, ModelState.EVICTING)
         self._mark({name}, ModelState.LOADING)
         evicted: list[Unit] = []
@@ -255,6 +260,7 @@ class Switcher:
         self.make_current(name)
         self.totals.warm += 1
         self.totals.bytes_in += bytes_in
+        self.totals.bytes_ahead += bytes_ahead
         self.totals.bytes_out += bytes_out
         self._record(
             SwitchRecord(
@@ -267,11 +273,82 @@ class Switcher:
                 map_s=phases.map,
                 load_s=phases.load,
                 bytes_in=bytes_in,
+                bytes_ahead=bytes_ahead,
                 bytes_out=bytes_out,
                 evicted=tuple(sorted(evicted_models)),
                 dropped_blocks=dropped.num_blocks,
                 recomputed_requests=dropped.num_requests,
             )
+        )
+
+    def prefetch(self, name: str) -> bool:
+        """Begin to bring in the weights of `name` while the current model goes on.
+
+        Takes free memory and the weights of others, which need no copy out; never those of the
+        current model or of a pinned one, nor KV. The next `activate(name)` waits for what is
+        missing. Whether they are under way or there already; False when there is no room for them.
+
+        A failure is logged and changes nothing that counts: the switch then has more to bring in.
+        """
+        unit = next((u for u in self._models[name].units if isinstance(u, WeightsUnit)), None)
+        if unit is None:
+            return False
+        if unit.resident or unit.loading_ahead:
+            return True
+        units = [
+            (model, other)
+            for model in self._models.values()
+            for other in model.units
+            if isinstance(other, WeightsUnit)
+        ]
+        stats = self.arena.stats()
+        views = [
+            self._view(model, other, other.move_cost_bytes(), kept=model.name == self.current)
+            for model, other in units
+        ]
+        try:
+            plan = plan_activation(
+                views,
+                target=name,
+                free_bytes=stats.free_bytes,
+                capacity_bytes=stats.capacity_bytes,
+            )
+        except CapacityError:
+            return False
+        try:
+            if plan.evict:
+                self.quiesce()
+            for index in plan.evict:
+                units[index][1].unmap()
+            unit.load_ahead(self.prefetcher)
+        except ak.Error as error:
+            logger.warning(f"cannot bring in {name!r} ahead of its turn: {error}")
+            return False
+        self.totals.prefetches += 1
+        return True
+
+    def _view(
+        self,
+        model: ModelMemory,
+        unit: Unit,
+        move_cost_bytes: int,
+        *,
+        num_new_slots: int = 0,
+        kept: bool = False,
+    ) -> UnitView:
+        return UnitView(
+            model=model.name,
+            tag=unit.tag,
+            size_bytes=unit.size_bytes,
+            mapped=unit.mapped_bytes > 0,
+            resident=unit.resident,
+            move_cost_bytes=move_cost_bytes,
+            busy=not model.failed and self.is_busy(model.name),
+            last_used=model.last_used,
+            pinned=model.pinned or kept,
+            needs_host=num_new_slots > 0,
+            holds_host=isinstance(unit, KVUnit) and unit.num_copies > 0,
+            droppable=isinstance(unit, KVUnit),
         )
 
     def _plan(self, units: Sequence[tuple[ModelMemory, Unit]], target: str) -> ActivationPlan:
@@ -286,19 +363,11 @@ class Switcher:
             if isinstance(unit, KVUnit)
         }
         views = [
-            UnitView(
-                model=model.name,
-                tag=unit.tag,
-                size_bytes=unit.size_bytes,
-                mapped=unit.mapped_bytes > 0,
-                resident=unit.resident,
-                move_cost_bytes=0 if fits else unit.move_cost_bytes(),
-                busy=not model.failed and self.is_busy(model.name),
-                last_used=model.last_used,
-                pinned=model.pinned,
-                needs_host=index in demands and demands[index][1] > 0,
-                holds_host=isinstance(unit, KVUnit) and unit.num_copies > 0,
-                droppable=isinstance(unit, KVUnit),
+            self._view(
+                model,
+                unit,
+                0 if fits else unit.move_cost_bytes(),
+                num_new_slots=demands[index][1] if index in demands else 0,
             )
             for index, (model, unit) in enumerate(units)
         ]
