@@ -189,6 +189,8 @@ class InstanceProcess:
                 runtime_dir=str(runtime_dir),
                 policy=pool.scheduler.policy,
                 quantum=pool.scheduler.quantum,
+                image_cache_directory=pool.image_cache.directory,
+                image_cache_max_bytes=pool.image_cache.max_size,
                 models=pool.models,
                 addresses=self.addresses,
             ).to_message()

@@ -227,6 +227,17 @@ class AdminConfig(_Strict):
         return value
 
 
+class ImageCacheConfig(_Strict):
+    """Weights images on disk: a restart reads them instead of loading checkpoints again."""
+
+    directory: str | None = Field(default=None, min_length=1)
+    """Where they are kept; `auto`: `aegaeon` in this user's cache directory. A relative path starts
+    at the pool file. null: none are kept.
+    """
+    max_size: Size = 200 << 30
+    """Most bytes in that directory; images that were not used for longest are removed."""
+
+
 class PoolConfig(_Strict):
     """A pool: models that share a device, and the server in front of them."""
 
@@ -245,6 +256,7 @@ class PoolConfig(_Strict):
     scheduler: SchedulerConfig = SchedulerConfig()
     server: ServerConfig = ServerConfig()
     admin: AdminConfig = AdminConfig()
+    image_cache: ImageCacheConfig = ImageCacheConfig()
 
     def model(self, name: str) -> ModelConfig | None:
         """The model with that name or alias."""
@@ -350,9 +362,16 @@ def _with_absolute_paths(pool: PoolConfig, source: YamlSource) -> PoolConfig:
     if admin.socket != "auto":
         socket = folder / Path(admin.socket).expanduser()
         admin = AdminConfig(socket=str(socket))
+    cache = pool.image_cache
+    if cache.directory is not None:
+        directory = envs.cache_dir() / "aegaeon"
+        if cache.directory != "auto":
+            directory = folder / Path(cache.directory).expanduser()
+        cache = cache.model_copy(update={"directory": str(directory)})
     if faults:
         raise ConfigError("\n".join(faults))
-    return pool.model_copy(update={"models": tuple(models), "server": server, "admin": admin})
+    changes = {"models": tuple(models), "server": server, "admin": admin, "image_cache": cache}
+    return pool.model_copy(update=changes)
 
 
 def _find_checkpoint(model: str, folder: Path) -> str | None:

@@ -18,6 +18,7 @@ class InstanceSpec:
     """All that an instance has to know.
 
     runtime_dir: holds the sockets; removed by whoever ends last.
+    image_cache_directory: None: weights images are not kept on disk.
     addresses: model name -> `input_address` and `output_address` of vLLM's sockets.
     """
 
@@ -28,6 +29,8 @@ class InstanceSpec:
     runtime_dir: str
     policy: str
     quantum: int
+    image_cache_directory: str | None
+    image_cache_max_bytes: int
     models: tuple[ModelConfig, ...]
     addresses: Mapping[str, Mapping[str, str]]
 

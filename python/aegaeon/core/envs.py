@@ -66,8 +66,13 @@ def hub_cache_dir() -> Path:
     home = _get("HF_HOME")
     if home is not None:
         return Path(home).expanduser() / "hub"
+    return cache_dir() / "huggingface" / "hub"
+
+
+def cache_dir() -> Path:
+    """Where this user keeps what can be made again (XDG_CACHE_HOME is honoured)."""
     base = _get("XDG_CACHE_HOME")
-    return (Path(base) if base is not None else Path.home() / ".cache") / "huggingface" / "hub"
+    return Path(base) if base is not None else Path.home() / ".cache"
 
 
 def lookup(name: str) -> str | None:

@@ -16,8 +16,7 @@ import aegaeon_kernels as ak
 from aegaeon.switching.kv_store import BlockShape, HostKVStore
 from aegaeon_kernels.kv_layout import KVLayout
 
-
-# Of transfers, smaller goes first: what a switch waits for overtakes what is brought in ahead of it.
+# Smaller goes first: what a switch waits for overtakes what is brought in ahead of its turn.
 SWITCH_PRIORITY = 0
 AHEAD_PRIORITY = 1
 

@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from typing import NamedTuple
 
 from aegaeon.core.errors import AegaeonError
+from aegaeon.switching.image_cache import ImageCache
 from aegaeon.switching.switcher import Switcher
 
 
@@ -17,14 +18,22 @@ class Hosting(NamedTuple):
 
     switcher: Switcher
     model: str
+    image_cache: ImageCache | None
 
 
 _hosting: ContextVar[Hosting | None] = ContextVar("hosting", default=None)
 
 
 @contextmanager
-def hosting(switcher: Switcher, model: str, *, pinned: bool = False) -> Iterator[None]:
-    """An engine built inside places its model in `switcher`'s arena as `model`.
+def hosting(
+    switcher: Switcher,
+    model: str,
+    *,
+    pinned: bool = False,
+    image_cache: ImageCache | None = None,
+) -> Iterator[None]:
+    """An engine built inside places its model in `switcher`'s arena as `model`, from an image of
+    `image_cache` if that has one.
 
     Adds the model to the switcher, and removes it again when the block raises. From the beginning
     vLLM's process-wide state belongs to the new model: its constructors seed generators and
@@ -32,7 +41,7 @@ def hosting(switcher: Switcher, model: str, *, pinned: bool = False) -> Iterator
     """
     switcher.add_model(model, pinned=pinned)
     switcher.make_current(model)
-    token = _hosting.set(Hosting(switcher, model))
+    token = _hosting.set(Hosting(switcher, model, image_cache))
     try:
         yield
     except BaseException:

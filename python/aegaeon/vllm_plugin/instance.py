@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import asdict
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import aegaeon_kernels as ak
@@ -24,6 +25,7 @@ from aegaeon.core.control import Channel, InstanceSpec
 from aegaeon.core.errors import AegaeonError, ConfigError
 from aegaeon.sched.policies import make_policy
 from aegaeon.sched.step_loop import StepLoop
+from aegaeon.switching.image_cache import ImageCache
 from aegaeon.switching.metrics import SwitchMetrics
 
 logger = logging.getLogger(__name__)
@@ -42,6 +44,11 @@ class Instance:
         self._spec = spec
         self._device = device
         self.runtime_dir = spec.runtime_dir
+        self._image_cache = None
+        if spec.image_cache_directory is not None:
+            self._image_cache = ImageCache(
+                Path(spec.image_cache_directory), spec.image_cache_max_bytes
+            )
         self.switcher = make_switcher(
             device,
             device_memory_bytes=spec.device_memory_bytes,
@@ -66,7 +73,7 @@ class Instance:
 
         namespace = serve_args(model, device_kind=self._device.kind)
         config = engine_config(namespace, model=model.name, device_kind=self._device.kind)
-        with hosting(self.switcher, model.name, pinned=model.pin):
+        with hosting(self.switcher, model.name, pinned=model.pin, image_cache=self._image_cache):
             core = HostedEngineCore(
                 model.name,
                 config,

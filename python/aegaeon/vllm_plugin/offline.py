@@ -19,6 +19,7 @@ from aegaeon.core.engine import EngineLoad
 from aegaeon.core.errors import AegaeonError
 from aegaeon.sched.scheduler import Policy
 from aegaeon.sched.step_loop import StepLoop
+from aegaeon.switching.image_cache import ImageCache
 from aegaeon.vllm_plugin.device_memory import make_switcher
 from aegaeon.vllm_plugin.engine_config import engine_config, serve_args
 from aegaeon.vllm_plugin.hosting import hosting
@@ -81,7 +82,7 @@ class OfflinePool:
 
     device: an `aegaeon_kernels.Device`; the models share `device_memory_bytes` of it, rounded
     down to whole pages of the device. KV blocks of models that are not on it share
-    `host_kv_memory_bytes` of the host.
+    `host_kv_memory_bytes` of the host. image_cache: where weights images outlive the process.
     Use as a context manager; `close` gives back all device and host memory.
     """
 
@@ -93,10 +94,12 @@ class OfflinePool:
         host_kv_memory_bytes: int = DEFAULT_HOST_KV_BYTES,
         policy: Policy,
         clock: Clock | None = None,
+        image_cache: ImageCache | None = None,
     ) -> None:
         apply_all()
         clock = clock or MonotonicClock()
         self._device = device
+        self._image_cache = image_cache
         self.switcher = make_switcher(
             device,
             device_memory_bytes=device_memory_bytes,
@@ -118,7 +121,7 @@ class OfflinePool:
         """Load one more model. Raises ConfigError, ModelLoadError, CapacityError."""
         namespace = serve_args(model, device_kind=self._device.kind)
         config = engine_config(namespace, model=model.name, device_kind=self._device.kind)
-        with hosting(self.switcher, model.name, pinned=model.pin):
+        with hosting(self.switcher, model.name, pinned=model.pin, image_cache=self._image_cache):
             engine = LLMEngine(
                 vllm_config=config,
                 executor_class=Executor.get_class(config),

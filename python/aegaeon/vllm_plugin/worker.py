@@ -11,10 +11,13 @@ import torch
 from vllm.v1.worker.gpu_worker import Worker
 
 import aegaeon_kernels as ak
+from aegaeon.core.errors import ModelLoadError
 from aegaeon.switching.residency import KVUnit
 from aegaeon.vllm_plugin.hosting import current_hosting
+from aegaeon.vllm_plugin.image_key import image_key
 from aegaeon.vllm_plugin.seams import (
     expert_group,
+    image_loader,
     kv_memory,
     kv_zeroing,
     rotary_cache,
@@ -28,7 +31,7 @@ class ArenaWorker(Worker):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         place = current_hosting()
         super().__init__(*args, **kwargs)
-        self._switcher, self._name = place
+        self._switcher, self._name, self._image_cache = place
         self._kv: KVUnit | None = None
         self._kv_bytes: torch.Tensor | None = None
         self._kv_generation = -1
@@ -36,18 +39,36 @@ class ArenaWorker(Worker):
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         rotary_cache.forget_shared_rotary_modules()
         expert_group.ensure_expert_group(self.model_config)
-        super().load_model(load_dummy_weights=load_dummy_weights)
+        device = self._switcher.arena.device
+        cache, key = self._image_cache, None
+        if cache is not None:
+            key = image_key(self.vllm_config, device_kind=device.kind)
+        image = cache.open(self._name, key, device=device) if cache and key else None
+        with nullcontext() if image is None else self._without_weights():
+            super().load_model(load_dummy_weights=load_dummy_weights)
         model = self.model_runner.get_model()
         placement = weights.place(model, self.device)
-        image = ak.HostImage.allocate(
-            placement.size_bytes,
-            device=self._switcher.arena.device,
-            name=f"{self._name} weights",
-        )
-        weights.fill_image(model, placement, image)
+        if image is None:
+            image = ak.HostImage.allocate(
+                placement.size_bytes, device=device, name=f"{self._name} weights"
+            )
+            weights.fill_image(model, placement, image)
+            if cache and key:
+                cache.save(self._name, key, image)
+        elif image.layout_json != weights.layout_json(model, placement):
+            if cache and key:
+                cache.remove(self._name, key)
+            raise ModelLoadError(
+                self._name,
+                "its cached image has another layout than vLLM gave it now; the image has been "
+                "removed, the next start loads the checkpoint",
+            )
         unit = self._switcher.add_weights(self._name, image)
         self._switcher.activate(self._name)
         weights.rebind(model, placement, unit.region)
+
+    def _without_weights(self) -> AbstractContextManager[None]:
+        return image_loader.weights_left_out(self.vllm_config.load_config)
 
     def _maybe_get_memory_pool_context(self, tag: str) -> AbstractContextManager[Any]:
         if tag == "kv_cache":

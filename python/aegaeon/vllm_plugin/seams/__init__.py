@@ -4,6 +4,7 @@ from aegaeon.vllm_plugin.seam import Seam, verify
 from aegaeon.vllm_plugin.seams import (
     engine_core,
     expert_group,
+    image_loader,
     kv_blocks,
     kv_memory,
     kv_zeroing,
@@ -19,6 +20,7 @@ from aegaeon.vllm_plugin.versions import check_version
 SEAMS: tuple[Seam, ...] = (
     engine_core.SEAM,
     expert_group.SEAM,
+    image_loader.SEAM,
     kv_blocks.SEAM,
     kv_memory.SEAM,
     kv_zeroing.SEAM,

@@ -5,6 +5,7 @@ module tree reaches gets a place in one range; the host image is filled from the
 are rebound to the range. Parameters keep their identity, tied tensors stay tied, views stay views.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -67,8 +68,25 @@ def place(root: torch.nn.Module, device: torch.device) -> WeightPlacement:
     return WeightPlacement(offsets=offsets, size_bytes=end)
 
 
+def layout_json(root: torch.nn.Module, placement: WeightPlacement) -> bytes:
+    """What lies where, in the order of the modules: an image fits a model if theirs are equal."""
+    device = _device_of(root)
+    tensors = [
+        [
+            str(tensor.dtype),
+            list(tensor.shape),
+            list(tensor.stride()),
+            tensor.storage_offset(),
+            placement.offsets[tensor.untyped_storage().data_ptr()],
+        ]
+        for tensor in _movable(root, device)
+    ]
+    return json.dumps({"size_bytes": placement.size_bytes, "tensors": tensors}).encode()
+
+
 def fill_image(root: torch.nn.Module, placement: WeightPlacement, image: ak.HostImage) -> None:
     """Copy the storages into `image`, in the layout of the device, and seal it."""
+    image.layout_json = layout_json(root, placement)
     target = image.tensor()
     done: set[int] = set()
     for tensor in _movable(root, _device_of(root)):
