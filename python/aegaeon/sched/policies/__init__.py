@@ -8,8 +8,8 @@ from aegaeon.sched.scheduler import Policy
 POLICIES: dict[str, Callable[[int], Policy]] = {"round-robin": RoundRobin}
 
 
-def make_policy(name: str, *, quantum: int) -> Policy:
-    """The policy called `name`; `quantum` is the longest turn, in engine steps."""
+def make_policy(name: str, *, quantum: int = 8) -> Policy:
+    """The policy called `name`; `quantum` is the longest turn of round robin, in engine steps."""
     try:
         factory = POLICIES[name]
     except KeyError:
