@@ -167,9 +167,20 @@ class Step:
 class Hold:
     def end(self) -> None: ...
 
+class Stream:
+    def __init__(self, driver: Driver) -> None: ...
+    @property
+    def id(self) -> int: ...
+
 class Arena:
     def __init__(
-        self, driver: Driver, *, capacity_bytes: int, handle_bytes: int | None, poison: bool
+        self,
+        driver: Driver,
+        *,
+        capacity_bytes: int,
+        handle_bytes: int | None,
+        poison: bool,
+        exportable: bool,
     ) -> None: ...
     def reserve(self, *, size_bytes: int, owner: str, tag: str) -> Region: ...
     def set_limit(
@@ -178,7 +189,7 @@ class Arena:
     def commit(self, steps: Sequence[Step]) -> None: ...
     def check(self, steps: Sequence[Step]) -> Shortage | None: ...
     def stats(self) -> ArenaStats: ...
-    def close(self) -> None: ...
+    def close(self, *, abandon_views: bool) -> None: ...
     @property
     def driver(self) -> Driver: ...
     @property
@@ -187,7 +198,8 @@ class Arena:
     def handle_bytes(self) -> int: ...
 
 class Region:
-    def close(self) -> None: ...
+    def close(self, *, abandon_views: bool) -> None: ...
+    def export_handles(self) -> list[tuple[int, int, int]]: ...
     def protect(self, *, offset_bytes: int, size_bytes: int | None, read_only: bool) -> None: ...
     def open_window(self) -> None: ...
     def close_window(self) -> None: ...
@@ -225,6 +237,82 @@ class Region:
         type_bits: int,
         versioned: bool,
     ) -> object: ...
+    def copy_in(
+        self,
+        *,
+        stream: Stream,
+        offset_bytes: int,
+        address: int,
+        on_device: bool,
+        size_bytes: int,
+    ) -> None: ...
+    def copy_out(
+        self,
+        *,
+        stream: Stream,
+        offset_bytes: int,
+        address: int,
+        on_device: bool,
+        size_bytes: int,
+    ) -> None: ...
+
+class SharedRegion:
+    def __init__(
+        self,
+        driver: Driver,
+        *,
+        size_bytes: int,
+        handles: Sequence[tuple[int, int, int]],
+        read_only: bool,
+    ) -> None: ...
+    def close(self, *, abandon_views: bool) -> None: ...
+    def mapped_ranges(self) -> list[tuple[int, int]]: ...
+    @property
+    def address(self) -> int: ...
+    @property
+    def size_bytes(self) -> int: ...
+    @property
+    def read_only(self) -> bool: ...
+    @property
+    def closed(self) -> bool: ...
+    def dlpack(
+        self,
+        *,
+        offset_bytes: int,
+        shape: Sequence[int],
+        type_code: int,
+        type_bits: int,
+        versioned: bool,
+    ) -> object: ...
+    def copy_in(
+        self,
+        *,
+        stream: Stream,
+        offset_bytes: int,
+        address: int,
+        on_device: bool,
+        size_bytes: int,
+    ) -> None: ...
+    def copy_out(
+        self,
+        *,
+        stream: Stream,
+        offset_bytes: int,
+        address: int,
+        on_device: bool,
+        size_bytes: int,
+    ) -> None: ...
+
+class DLPackImport:
+    def __init__(self, capsule: object) -> None: ...
+    @property
+    def address(self) -> int: ...
+    @property
+    def size_bytes(self) -> int: ...
+    @property
+    def contiguous(self) -> bool: ...
+    @property
+    def read_only(self) -> bool: ...
 
 class HostMemoryAttempt:
     @property

@@ -33,6 +33,7 @@ from aegaeon_kernels.image_layout import ImageLayout
 from aegaeon_kernels.kv_layout import KVLayout
 from aegaeon_kernels.prefetch import Prefetcher, PrefetchStats, Ticket, TicketState
 from aegaeon_kernels.safetensors_file import Checkpoint
+from aegaeon_kernels.shared_region import SharedHandles, SharedRegion
 from aegaeon_kernels.torch_pool import TorchPool, TorchPoolStats
 
 __all__ = [
@@ -58,6 +59,8 @@ __all__ = [
     "Prefetcher",
     "Region",
     "RegionRange",
+    "SharedHandles",
+    "SharedRegion",
     "Shortage",
     "Ticket",
     "TicketState",

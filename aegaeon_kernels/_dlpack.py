@@ -37,21 +37,29 @@ class Export(Protocol):
     ) -> object: ...
 
 
-def as_torch(
-    export: Export, size_bytes: int, offset_bytes: int, shape: Sequence[int], dtype: torch.dtype
-) -> torch.Tensor:
-    """A tensor at an offset in size_bytes of memory. Raises ValueError when it does not fit."""
-    if offset_bytes < 0 or offset_bytes % dtype.itemsize:
+def require_fit(
+    size_bytes: int, offset_bytes: int, shape: Sequence[int], item_bytes: int, dtype: str
+) -> int:
+    """The bytes of an array at an offset in size_bytes. Raises ValueError when it does not fit."""
+    if offset_bytes < 0 or offset_bytes % item_bytes:
         raise ValueError(
-            f"offset_bytes={offset_bytes} has to be a multiple of {dtype.itemsize}, "
+            f"offset_bytes={offset_bytes} has to be a multiple of {item_bytes}, "
             f"the item size of {dtype}"
         )
-    end = offset_bytes + math.prod(shape) * dtype.itemsize
-    if min(shape, default=1) <= 0 or end > size_bytes:
+    array_bytes = math.prod(shape) * item_bytes
+    if min(shape, default=1) <= 0 or offset_bytes + array_bytes > size_bytes:
         raise ValueError(
             f"shape {tuple(shape)} of {dtype} at offset {offset_bytes} is empty, or does not fit "
             f"in {size_bytes} bytes"
         )
+    return array_bytes
+
+
+def as_torch(
+    export: Export, size_bytes: int, offset_bytes: int, shape: Sequence[int], dtype: torch.dtype
+) -> torch.Tensor:
+    """A tensor at an offset in size_bytes of memory. Raises ValueError when it does not fit."""
+    require_fit(size_bytes, offset_bytes, shape, dtype.itemsize, str(dtype))
     from torch.utils.dlpack import from_dlpack
 
     name = str(dtype).removeprefix("torch.")

@@ -6,18 +6,17 @@ This module knows bytes, addresses and owners' names. It does not know what is s
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Literal, Self
 
 from aegaeon_kernels import _C
-from aegaeon_kernels._dlpack import as_torch, wants_versioned
+from aegaeon_kernels._closing import close_after
 from aegaeon_kernels.errors import Shortage
-
-if TYPE_CHECKING:
-    import torch
+from aegaeon_kernels.shared_region import SharedHandles
+from aegaeon_kernels.views import MemoryViews
 
 CUDA_LIBRARY = "libcuda.so.1"
 
@@ -207,8 +206,10 @@ class Arena:
     poison:         fill with 0xff (a NaN in bf16, fp16, fp32 and fp8-e4m3) whatever is not zeroed
                     when it is mapped, also where the caller says "preserve": then reading bytes
                     that nobody has written shows. For tests and debugging.
+    exportable:     other processes may map what is mapped in its regions, see SharedRegion. On the
+                    host device each handle is a descriptor then.
 
-    Safe to use from several threads. A context manager: leaving it closes it.
+    Safe to use from several threads. A context manager: leaving it closes it, like Region.
     """
 
     def __init__(
@@ -218,12 +219,17 @@ class Arena:
         capacity_bytes: int,
         handle_bytes: int | None = None,
         poison: bool = False,
+        exportable: bool = False,
     ) -> None:
         for name, value in (("capacity_bytes", capacity_bytes), ("handle_bytes", handle_bytes)):
             _require_not_negative(name, value)
         self.device = device
         self._arena = _C.Arena(
-            device._driver, capacity_bytes=capacity_bytes, handle_bytes=handle_bytes, poison=poison
+            device._driver,
+            capacity_bytes=capacity_bytes,
+            handle_bytes=handle_bytes,
+            poison=poison,
+            exportable=exportable,
         )
 
     @property
@@ -298,14 +304,14 @@ class Arena:
         native = self._arena.stats()
         return ArenaStats(**{name: getattr(native, name) for name in ArenaStats.__annotations__})
 
-    def close(self) -> None:
+    def close(self, *, abandon_views: bool = False) -> None:
         """Close all regions, release all memory. Does nothing when closed already.
 
-        Raises LifecycleError, before anything is done, while a region is held or a transfer on it
-        is in flight, and DriverError: then what is closed stays closed, and close() may be called
-        again.
+        abandon_views: see Region.close(). Raises LifecycleError, before anything is done, while a
+        region has views, is held or a transfer on it is in flight, and DriverError: then what is
+        closed stays closed, and close() may be called again.
         """
-        self._arena.close()
+        self._arena.close(abandon_views=abandon_views)
 
     def __enter__(self) -> Self:
         return self
@@ -316,17 +322,18 @@ class Arena:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        close_after(error, self.close)
 
     def __repr__(self) -> str:
         return f"Arena({self.device.name!r}, capacity_bytes={self.capacity_bytes})"
 
 
-class Region:
+class Region(MemoryViews):
     """A stable virtual range of an arena. Physical memory comes with map() and goes with unmap().
 
     Made by Arena.reserve(). Sizes and offsets are bytes, multiples of the device's granularity.
-    A context manager: leaving it closes it.
+    A context manager: leaving it closes it; when an error is on its way and views are alive, which
+    its traceback may hold, the last of them does.
     """
 
     def __init__(self, arena: Arena, native: _C.Region) -> None:
@@ -334,12 +341,12 @@ class Region:
         self._region = native
 
     @property
-    def address(self) -> int:
-        return self._region.address
+    def _native(self) -> _C.Region:
+        return self._region
 
     @property
-    def size_bytes(self) -> int:
-        return self._region.size_bytes
+    def _driver(self) -> _C.Driver:
+        return self.arena.device._driver
 
     @property
     def mapped_bytes(self) -> int:
@@ -357,14 +364,6 @@ class Region:
     @property
     def tag(self) -> str:
         return self._region.tag
-
-    @property
-    def closed(self) -> bool:
-        return self._region.closed
-
-    def mapped_ranges(self) -> list[tuple[int, int]]:
-        """The mapped parts as (offset_bytes, size_bytes), neighbours joined, in order."""
-        return self._region.mapped_ranges()
 
     def read_only_ranges(self) -> list[tuple[int, int]]:
         """The parts mapped read-only, whether or not a window for writing is open just now."""
@@ -402,14 +401,23 @@ class Region:
         """
         self.arena.commit([UnmapStep(self, offset_bytes, size_bytes)])
 
-    def close(self) -> None:
+    def close(self, *, abandon_views: bool = False) -> None:
         """Unmap everything and give the address range up. Does nothing when closed already.
 
-        Waits like unmap(). While tensors over the region live, the range stays reserved: using them
-        then is a fault, never somebody else's bytes. Raises LifecycleError (held, a transfer is in
-        flight), DriverError (all is as before).
+        Waits like unmap(). abandon_views: also while tensors and arrays over the region live; the
+        range stays reserved as long as they do, and using them is a fault, never somebody else's
+        bytes. Raises LifecycleError (views are alive; held; a transfer is in flight), DriverError:
+        all is as before.
         """
-        self._region.close()
+        self._region.close(abandon_views=abandon_views)
+
+    def export_handles(self) -> SharedHandles:
+        """What another process needs to map what is mapped here; see SharedRegion.
+
+        Until the result is closed, unmap() and close() refuse. Raises ValueError (the arena was
+        made without exportable=True), LifecycleError (closed, nothing is mapped), DriverError.
+        """
+        return SharedHandles._of(self)
 
     def protect(
         self, offset_bytes: int = 0, size_bytes: int | None = None, *, read_only: bool = True
@@ -478,39 +486,6 @@ class Region:
         )
         return Hooks(self._region, hook_id)
 
-    def tensor(
-        self, shape: Sequence[int], dtype: torch.dtype, offset_bytes: int = 0
-    ) -> torch.Tensor:
-        """A torch tensor over the range, without a copy; C-contiguous, on the region's device.
-
-        The tensor keeps the region alive and the address reserved, not the memory: after unmap it
-        may not be touched until the range is mapped again.
-        offset_bytes: a multiple of the item size.
-        Raises ValueError (outside the region, misaligned), LifecycleError (not mapped, closed).
-        """
-        return as_torch(self._export, self.size_bytes, offset_bytes, shape, dtype)
-
-    def _export(
-        self, offset_bytes: int, shape: Sequence[int], code: int, bits: int, versioned: bool
-    ) -> object:
-        return self._region.dlpack(
-            offset_bytes=offset_bytes,
-            shape=list(shape),
-            type_code=code,
-            type_bits=bits,
-            versioned=versioned,
-        )
-
-    def __dlpack__(self, **wanted: Any) -> object:
-        """The whole region as bytes, for numpy, cupy and torch.
-
-        Raises LifecycleError unless all of it is mapped.
-        """
-        return self._export(0, [self.size_bytes], 1, 8, wants_versioned(wanted))
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return self.arena.device._driver.dlpack_device
-
     def __enter__(self) -> Self:
         return self
 
@@ -520,7 +495,7 @@ class Region:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        close_after(error, self.close)
 
     def __repr__(self) -> str:
         return (

@@ -47,4 +47,19 @@ py::capsule make_dlpack(Driver const* driver, Address address, std::vector<std::
                         std::shared_ptr<void> keep);
 std::pair<int, int> dlpack_device(Driver const& driver);
 
+// The memory of somebody else's tensor, which lives as long as this does. The GIL is held.
+class DLPackImport {
+ public:
+  // Throws std::invalid_argument: a capsule that is not, or no longer, a tensor.
+  explicit DLPackImport(py::capsule const& capsule);
+
+  Address address = 0;
+  std::size_t size_bytes = 0;
+  bool contiguous = true;  // in C's order
+  bool read_only = false;
+
+ private:
+  std::shared_ptr<void> tensor_;
+};
+
 }  // namespace aegaeon

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "bindings/bindings.hpp"
+#include "error.hpp"
 
 namespace aegaeon {
 namespace {
@@ -87,7 +88,45 @@ py::capsule export_as(DLTensor const& tensor, std::vector<std::int64_t> shape, b
   return capsule;
 }
 
+// Takes the tensor out of the capsule, if it is one of that kind.
+template <typename Managed>
+std::shared_ptr<Managed> taken_as(py::capsule const& capsule, char const* used_name) {
+  if (PyCapsule_IsValid(capsule.ptr(), Managed::kName) == 0) return nullptr;
+  auto* managed = static_cast<Managed*>(PyCapsule_GetPointer(capsule.ptr(), Managed::kName));
+  if (PyCapsule_SetName(capsule.ptr(), used_name) != 0) throw py::error_already_set();
+  return {managed, [](Managed* self) {
+            if (self->deleter != nullptr) self->deleter(self);
+          }};
+}
+
 }  // namespace
+
+DLPackImport::DLPackImport(py::capsule const& capsule) {
+  DLTensor const* tensor = nullptr;
+  if (auto versioned = taken_as<DLManagedTensorVersioned>(capsule, "used_dltensor_versioned")) {
+    if (versioned->major != 1) {
+      throw std::invalid_argument(
+          concat("a tensor of DLPack ", versioned->major, ", which is not 1"));
+    }
+    tensor = &versioned->tensor;
+    read_only = (versioned->flags & kReadOnlyFlag) != 0;
+    tensor_ = std::move(versioned);
+  } else if (auto plain = taken_as<DLManagedTensor>(capsule, "used_dltensor")) {
+    tensor = &plain->tensor;
+    tensor_ = std::move(plain);
+  } else {
+    throw std::invalid_argument("the capsule holds no DLPack tensor, or it has been taken");
+  }
+  std::int64_t count = 1;
+  for (auto axis = tensor->ndim; axis-- > 0;) {
+    if (tensor->strides != nullptr && tensor->shape[axis] != 1 && tensor->strides[axis] != count) {
+      contiguous = false;
+    }
+    count *= tensor->shape[axis];
+  }
+  address = reinterpret_cast<Address>(tensor->data) + tensor->byte_offset;
+  size_bytes = (static_cast<std::size_t>(count) * tensor->type_bits * tensor->type_lanes + 7) / 8;
+}
 
 std::pair<int, int> dlpack_device(Driver const& driver) {
   return driver.kind() == DeviceKind::kCuda ? std::pair{kDLCUDA, driver.device_index()}

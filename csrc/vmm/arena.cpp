@@ -42,12 +42,12 @@ std::size_t checked_handle(Driver const& driver, std::size_t capacity,
 }  // namespace
 
 Arena::Arena(std::shared_ptr<Driver> driver, std::size_t capacity_bytes,
-             std::optional<std::size_t> handle_bytes, bool poison)
+             std::optional<std::size_t> handle_bytes, bool poison, bool exportable)
     : driver_(std::move(driver)),
       capacity_(checked_capacity(*driver_, capacity_bytes)),
       handle_bytes_(checked_handle(*driver_, capacity_, handle_bytes)),
       poison_(poison),
-      pool_(driver_, capacity_, handle_bytes_) {}
+      pool_(driver_, capacity_, handle_bytes_, exportable) {}
 
 Arena::~Arena() = default;
 
@@ -116,7 +116,7 @@ ArenaStats Arena::stats() const {
           .pool = pool_.stats()};
 }
 
-void Arena::close() {
+void Arena::close(bool abandon_views) {
   std::vector<std::shared_ptr<Region>> open;  // dropped unlocked: a region's end takes the mutex
   {
     std::lock_guard lock(mutex_);
@@ -125,9 +125,12 @@ void Arena::close() {
     for (auto const& [id, region] : regions_) {
       if (auto alive = region->weak_from_this().lock()) open.push_back(std::move(alive));
     }
-    for (auto const& region : open) region->require_unused("close");
+    for (auto const& region : open) {
+      region->require_unused("close");
+      if (!abandon_views) region->require_no_views("close");
+    }
   }
-  for (auto const& region : open) region->close();
+  for (auto const& region : open) region->close(abandon_views);
   Lock lock(mutex_);
   // Regions reserved meanwhile by another thread are that thread's mistake, not a leak.
   if (owned_ != 0) throw LifecycleError("a region was mapped while the arena was being closed");

@@ -39,8 +39,9 @@ class Arena : public std::enable_shared_from_this<Arena> {
  public:
   // handle_bytes: none chooses a power of two near capacity / 256, from the granularity to 128 MiB.
   // poison: see Contents; whatever is not zeroed when it is mapped is poisoned.
+  // exportable: other processes may map the memory of its regions.
   Arena(std::shared_ptr<Driver> driver, std::size_t capacity_bytes,
-        std::optional<std::size_t> handle_bytes, bool poison = false);
+        std::optional<std::size_t> handle_bytes, bool poison = false, bool exportable = false);
   ~Arena();
   Arena(Arena const&) = delete;  // owns physical memory
   Arena& operator=(Arena const&) = delete;
@@ -56,8 +57,8 @@ class Arena : public std::enable_shared_from_this<Arena> {
                  std::optional<std::size_t> max_bytes, bool pinned = false);
   [[nodiscard]] ArenaStats stats() const;
   // Closes the regions, then releases the handles. On failure those closed so far stay closed, and
-  // it may be called again.
-  void close();
+  // it may be called again. Views: see Region::close.
+  void close(bool abandon_views = false);
 
   [[nodiscard]] std::shared_ptr<Driver> const& driver() const noexcept { return driver_; }
   [[nodiscard]] std::size_t capacity_bytes() const noexcept { return capacity_; }

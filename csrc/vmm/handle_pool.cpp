@@ -7,11 +7,12 @@
 namespace aegaeon {
 
 HandlePool::HandlePool(std::shared_ptr<Driver> driver, std::size_t capacity_bytes,
-                       std::size_t handle_bytes)
+                       std::size_t handle_bytes, bool exportable)
     : driver_(std::move(driver)),
       capacity_(capacity_bytes),
       handle_bytes_(handle_bytes),
-      small_bytes_(driver_->granularity_bytes()) {}
+      small_bytes_(driver_->granularity_bytes()),
+      exportable_(exportable) {}
 
 void HandlePool::take(std::size_t slot_bytes, std::uint64_t region_id, std::size_t offset,
                       Handles& taken) {
@@ -70,7 +71,7 @@ std::shared_ptr<Allocation> HandlePool::take_free(FreeHandles& from, std::uint64
 }
 
 std::shared_ptr<Allocation> HandlePool::create(std::size_t bytes) {
-  auto memory = std::make_shared<Allocation>(driver_, bytes);
+  auto memory = std::make_shared<Allocation>(driver_, bytes, exportable_);
   created_bytes_ += bytes;
   ++num_handles_[size_index(bytes)];
   ++total_created_;

@@ -36,7 +36,8 @@ class HandlePool {
  public:
   using Handles = std::vector<std::shared_ptr<Allocation>>;
 
-  HandlePool(std::shared_ptr<Driver> driver, std::size_t capacity_bytes, std::size_t handle_bytes);
+  HandlePool(std::shared_ptr<Driver> driver, std::size_t capacity_bytes, std::size_t handle_bytes,
+             bool exportable);
 
   // Appends handles that fill a slot of that size of the region, in order of address: free ones of
   // the size, of those the ones this region used last; then a new one; then free and new small
@@ -49,6 +50,7 @@ class HandlePool {
   // Releases all free handles. Throws DriverError; those it could not release stay.
   void release_free();
   [[nodiscard]] HandlePoolStats stats() const noexcept;
+  [[nodiscard]] bool exportable() const noexcept { return exportable_; }
 
  private:
   struct FreeHandles {
@@ -70,6 +72,7 @@ class HandlePool {
   std::size_t capacity_;
   std::size_t handle_bytes_;
   std::size_t small_bytes_;
+  bool exportable_;
   std::array<FreeHandles, 2> free_;
   std::array<std::size_t, 2> num_handles_{};
   std::size_t created_bytes_ = 0;

@@ -6,9 +6,15 @@
 
 namespace aegaeon {
 
-Allocation::Allocation(std::shared_ptr<Driver> driver, std::size_t bytes)
+Allocation::Allocation(std::shared_ptr<Driver> driver, std::size_t bytes, bool exportable)
     : driver_(std::move(driver)), bytes_(bytes) {
-  check(*driver_, driver_->mem_create(&handle_, bytes, false), "mem_create", bytes);
+  check(*driver_, driver_->mem_create(&handle_, bytes, exportable), "mem_create", bytes);
+  live_ = true;
+}
+
+Allocation::Allocation(std::shared_ptr<Driver> driver, SharedHandle const& shared)
+    : driver_(std::move(driver)), bytes_(shared.size_bytes) {
+  check(*driver_, driver_->mem_import(&handle_, shared.fd, bytes_), "mem_import", bytes_);
   live_ = true;
 }
 

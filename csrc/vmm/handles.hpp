@@ -10,12 +10,15 @@
 #include <string>
 
 #include "driver/driver.hpp"
+#include "vmm/shared_handle.hpp"
 
 namespace aegaeon {
 
 class Allocation {
  public:
-  Allocation(std::shared_ptr<Driver> driver, std::size_t bytes);
+  Allocation(std::shared_ptr<Driver> driver, std::size_t bytes, bool exportable);
+  // Memory of another process, by its descriptor, which stays the caller's.
+  Allocation(std::shared_ptr<Driver> driver, SharedHandle const& shared);
   ~Allocation();
   Allocation(Allocation const&) = delete;  // one physical allocation, one owner
   Allocation& operator=(Allocation const&) = delete;

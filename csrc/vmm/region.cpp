@@ -65,8 +65,8 @@ void Region::unmap(std::size_t offset_bytes, std::optional<std::size_t> size_byt
                    .size_bytes = size_bytes}});
 }
 
-void Region::close() {
-  Transaction(*arena_, {}, shared_from_this()).commit();
+void Region::close(bool abandon_views) {
+  Transaction(*arena_, {}, shared_from_this(), abandon_views).commit();
 }
 
 // -- access --------------------------------------------------------------------------------------
@@ -279,6 +279,13 @@ void Region::require_unused(char const* verb) const {
   std::string reasons;
   for (auto const& reason : holds_) reasons += concat(reasons.empty() ? "" : ", ", reason);
   throw LifecycleError(concat(verb, " of ", title(), ": it is held (", reasons, ")"));
+}
+
+void Region::require_no_views(char const* verb) const {
+  if (num_exports_ == 0) return;
+  throw LifecycleError(concat(verb, " of ", title(), ": ", num_exports_.load(),
+                              " view(s) of its memory are alive (tensors, arrays); drop them "
+                              "first, or close with abandon_views"));
 }
 
 Range Region::checked_range(char const* verb, std::size_t offset_bytes,

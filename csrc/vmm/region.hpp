@@ -17,6 +17,7 @@
 #include "driver/driver.hpp"
 #include "driver/stream.hpp"
 #include "vmm/handles.hpp"
+#include "vmm/shared_handle.hpp"
 #include "vmm/slot_map.hpp"
 #include "vmm/step.hpp"
 
@@ -38,8 +39,9 @@ class Region : public std::enable_shared_from_this<Region> {
   void map(std::size_t offset_bytes, std::optional<std::size_t> size_bytes,
            Contents contents = Contents::kZero, bool read_only = false);
   void unmap(std::size_t offset_bytes, std::optional<std::size_t> size_bytes);
-  // Unmaps, and frees the address range, at the latest with the last export.
-  void close();
+  // Unmaps, and frees the address range, at the latest with the last export. While an export lives
+  // it throws LifecycleError, unless told to abandon them.
+  void close(bool abandon_views = false);
 
   // Read-only memory can be written while at least one window is open, or a transfer that began in
   // one is in flight.
@@ -115,6 +117,11 @@ class Region : public std::enable_shared_from_this<Region> {
   };
   std::unique_ptr<Export> export_range(Range const& range);
 
+  // New descriptors, which the caller closes, of all that is mapped, in order. The caller holds the
+  // region. Throws std::invalid_argument (the arena is not exportable), LifecycleError (closed;
+  // nothing is mapped), DriverError.
+  std::vector<SharedHandle> export_handles();
+
  private:
   friend class Arena;
   friend class Transaction;
@@ -135,6 +142,7 @@ class Region : public std::enable_shared_from_this<Region> {
   void wait_for_change(Lock& lock) const;  // by a transaction of another thread
   void require_open(char const* verb) const;
   void require_unused(char const* verb) const;
+  void require_no_views(char const* verb) const;
   Range checked_range(char const* verb, std::size_t offset_bytes,
                       std::optional<std::size_t> size_bytes) const;
   void require_whole_slots(char const* verb, SlotMap const& slots, Range const& range,

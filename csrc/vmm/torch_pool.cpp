@@ -134,17 +134,14 @@ void TorchPool::map_missing(Region& region, Range const& piece) {
   auto small = region.arena()->driver()->granularity_bytes();
   auto map_rounded = [&](std::size_t unit) {
     auto missing = gaps(region.mapped_ranges(), rounded_out(piece, unit, region.size_bytes()));
-    std::size_t num_mapped = 0;
-    try {
-      for (; num_mapped < missing.size(); ++num_mapped) {
-        region.map(missing[num_mapped].offset_bytes, missing[num_mapped].size_bytes);
-      }
-    } catch (...) {
-      while (num_mapped-- > 0) {
-        region.unmap(missing[num_mapped].offset_bytes, missing[num_mapped].size_bytes);
-      }
-      throw;
+    std::vector<Step> steps;
+    for (auto const& gap : missing) {
+      steps.push_back({.kind = Step::Kind::kMap,
+                       .region = region.shared_from_this(),
+                       .offset_bytes = gap.offset_bytes,
+                       .size_bytes = gap.size_bytes});
     }
+    region.arena()->commit(std::move(steps));
   };
   try {
     map_rounded(large);

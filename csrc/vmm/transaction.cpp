@@ -42,8 +42,12 @@ void add_range(std::vector<RegionRange>& to, Region const& region, Range const& 
 
 }  // namespace
 
-Transaction::Transaction(Arena& arena, std::vector<Step> steps, std::shared_ptr<Region> closing)
-    : arena_(arena), steps_(std::move(steps)), closing_(std::move(closing)) {
+Transaction::Transaction(Arena& arena, std::vector<Step> steps, std::shared_ptr<Region> closing,
+                         bool abandon_views)
+    : arena_(arena),
+      steps_(std::move(steps)),
+      closing_(std::move(closing)),
+      abandon_views_(abandon_views) {
   for (auto const& step : steps_) {
     if (step.region->arena_.get() != &arena_) {
       throw std::invalid_argument(
@@ -165,6 +169,7 @@ std::vector<PlannedStep> Transaction::plan() const {
 std::vector<PlannedStep> Transaction::plan_close() const {
   if (closing_->closed_) return {};
   closing_->require_unused("close");
+  if (!abandon_views_) closing_->require_no_views("close");
   Range all{0, closing_->size_bytes()};
   arena_.require_not_quarantined(*closing_, all);
   if (closing_->mapped_bytes_ == 0) return {};

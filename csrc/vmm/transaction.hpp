@@ -20,7 +20,8 @@ namespace aegaeon {
 class Transaction {
  public:
   // closing: this region's address range goes too, after the steps.
-  Transaction(Arena& arena, std::vector<Step> steps, std::shared_ptr<Region> closing = nullptr);
+  Transaction(Arena& arena, std::vector<Step> steps, std::shared_ptr<Region> closing = nullptr,
+              bool abandon_views = false);
   void commit();
   std::optional<Shortage> check();
 
@@ -80,6 +81,7 @@ class Transaction {
   Arena& arena_;
   std::vector<Step> steps_;
   std::shared_ptr<Region> closing_;
+  bool abandon_views_;
   std::vector<PlannedStep> planned_;
   std::vector<Applied> applied_;
   std::vector<Notice> told_;  // before_unmap has been called

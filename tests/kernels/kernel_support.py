@@ -151,6 +151,11 @@ def pattern(size_bytes: int, seed: int) -> npt.NDArray[np.uint8]:
     return np.random.default_rng(seed).integers(0, 256, size_bytes, dtype=np.uint8)
 
 
+def num_descriptors() -> int:
+    """Open ones of this process."""
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
 def run_program(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run Python code in a process of its own: for crashes and for what import does."""
     return subprocess.run(

@@ -10,10 +10,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
-from kernel_support import GRANULE, MIB, DeviceBytes, StubCuda, pattern
+from kernel_support import GRANULE, MIB, DeviceBytes, StubCuda, num_descriptors, pattern
 
 import aegaeon_kernels as ak
 from aegaeon_kernels import _C
@@ -227,10 +226,6 @@ def test_exported_memory_cannot_be_resized_by_an_importer(host: FaultyDevice) ->
         with pytest.raises(PermissionError):
             os.ftruncate(fd, size)
     os.close(fd)
-
-
-def num_descriptors() -> int:
-    return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
 def test_only_exportable_handles_cost_a_descriptor_each() -> None:

@@ -90,3 +90,25 @@ def test_a_graph_captured_into_the_pool_replays_after_an_eviction(arena: ak.Aren
     torch.cuda.synchronize()
     assert torch.equal(result, source * 2)
     del graph, result, pool
+
+
+def test_a_cupy_array_is_the_memory_and_keeps_it(arena: ak.Arena) -> None:
+    cupy = pytest.importorskip("cupy")
+    region = arena.reserve(16 * MIB, owner="model")
+    region.map()
+    array = region.cupy((3, 5), "f4", 64)
+    assert array.data.ptr == region.address + 64
+    array[...] = cupy.arange(15, dtype="f4").reshape(3, 5)
+    cupy.cuda.Device().synchronize()
+    host = bytearray(60)
+    region.copy_to(host, 64)
+    assert host == cupy.asnumpy(array).tobytes()
+    tensor = region.tensor((3, 5), torch.float32, 64)
+    assert torch.equal(tensor.cpu(), torch.arange(15.0).reshape(3, 5))
+    other = torch.full((100,), 7, dtype=torch.uint8, device="cuda")
+    region.copy_from(other)
+    assert (region.tensor((100,), torch.uint8) == 7).all()
+    with pytest.raises(ak.LifecycleError, match="view"):
+        region.close()
+    del array, tensor
+    region.close()

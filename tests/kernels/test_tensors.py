@@ -108,7 +108,7 @@ def test_a_tensor_keeps_the_region_and_its_address(host: FaultyDevice) -> None:
 def test_a_closed_regions_address_stays_taken_while_a_tensor_lives(host: FaultyDevice) -> None:
     region = new_region(host)
     tensor = region.tensor((10,), torch.float32)
-    region.close()
+    region.close(abandon_views=True)
     assert host.live == {"reservations": 1, "handles": 4}
     del tensor
     del region

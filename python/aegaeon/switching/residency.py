@@ -98,8 +98,11 @@ class Unit(ABC):
         self._valid = False
 
     def close(self) -> None:
-        """Give back device memory, address range and host memory."""
-        self.region.close()
+        """Give back device memory, address range and host memory.
+
+        The engine's tensors over the region may still be there; nobody runs them any more.
+        """
+        self.region.close(abandon_views=True)
         self._valid = False
 
 
