@@ -42,6 +42,7 @@ class _Entry:
     engine: Engine
     blocked_until: float = 0.0
     failures: int = 0
+    last_run_s: float | None = None
 
 
 @dataclass
@@ -50,7 +51,7 @@ class StepLoop:
 
     policy: decides; asked once per turn.
     residency: `activate` is called before the steps of a turn.
-    clock: for back-off only.
+    clock: for back-off and quotas.
     wake: set it (from any thread) when an engine may have got something to poll.
     recoverable: exceptions of `activate` after which everything is as before and a retry helps.
     """
@@ -144,6 +145,7 @@ class StepLoop:
                     has_work=load.num_unfinished > 0,
                     resident=self.residency.is_resident(name),
                     blocked_until=entry.blocked_until,
+                    last_run_s=entry.last_run_s,
                 )
             )
         return PoolState(models=tuple(models), last=self._last)
@@ -168,13 +170,15 @@ class StepLoop:
         return True
 
     def _run_steps(self, entry: _Entry, turn: Turn) -> None:
+        ends_s = self.clock.now() + turn.quota_s
         for _ in range(turn.max_steps):
             executed = entry.engine.run_step()
             self.counters.steps += 1
             if not executed and entry.engine.has_work():
                 entry.blocked_until = self.clock.now() + EMPTY_STEP_DELAY_S
                 return
-            if self._stop:
+            entry.last_run_s = self.clock.now()
+            if self._stop or entry.last_run_s >= ends_s:
                 return
             entry.engine.poll()
             if entry.engine.load().num_unfinished == 0:
