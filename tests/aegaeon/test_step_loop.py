@@ -76,6 +76,10 @@ class JournalResidency:
             self.journal.append(f"switch to {name}")
         self.current = name
 
+    def prefetch(self, name: str) -> bool:
+        self.journal.append(f"prefetch {name}")
+        return name != "no room"
+
 
 def make_loop(quantum: int, *engines: CountingEngine, failures: dict[str, int] | None = None):
     journal = engines[0].journal
@@ -285,3 +289,15 @@ def test_the_pool_file_accepts_only_policies_there_are():
     from aegaeon.core import config
 
     assert set(config.POLICIES) <= set(POLICIES)
+
+
+def test_what_a_turn_asks_for_is_brought_in_after_the_switch_and_before_the_steps():
+    class Ahead:
+        def next_turn(self, state: PoolState, now: float) -> Turn | None:
+            return Turn("a", max_steps=1, prefetch=("b", "no room", "c"))
+
+    journal: list[str] = []
+    loop, _ = make_loop(1, CountingEngine("a", 2, journal))
+    loop.policy = Ahead()
+    assert loop.run_turn()
+    assert journal == ["switch to a", "prefetch b", "prefetch no room", "a"]

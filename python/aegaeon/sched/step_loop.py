@@ -108,6 +108,7 @@ class StepLoop:
         self.counters.turns += 1
         with self._boundary(entry):
             if self._activate(entry):
+                self._bring_in_ahead(turn)
                 self._run_steps(entry, turn)
         return True
 
@@ -168,6 +169,12 @@ class StepLoop:
             return False
         entry.failures = 0
         return True
+
+    def _bring_in_ahead(self, turn: Turn) -> None:
+        """The most urgent first; what has no room leaves none for the less urgent."""
+        for name in turn.prefetch:
+            if not self.residency.prefetch(name):
+                return
 
     def _run_steps(self, entry: _Entry, turn: Turn) -> None:
         ends_s = self.clock.now() + turn.quota_s
