@@ -9,7 +9,7 @@ tokens per batch) are the priors; a few measurements outweigh them.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +50,45 @@ PUBLISHED_LINK_SHARE = 0.625
 DEFAULT_PROFILE = PUBLISHED["Qwen2.5-7B", "H800"]
 
 
+class LinearFit:
+    """y = a + b * x by least squares over the recent past, from a prior of two points.
+
+    Each observation weighs FORGET times what the next one does. One that is CLIP times what was
+    expected, after the first few, counts as CLIP times: a hiccup of the machine is no trend.
+    Neither a nor b becomes negative; where all x are alike, b stays as it was.
+    """
+
+    FORGET = 0.95
+    CLIP = 5.0
+    TRUSTED_AFTER = 8
+
+    __slots__ = ("_count", "_sums", "intercept", "slope")
+
+    def __init__(self, intercept: float, slope: float, typical_x: float) -> None:
+        self.intercept, self.slope = intercept, slope
+        self._count = 0
+        self._sums = (0.0, 0.0, 0.0, 0.0, 0.0)
+        for x in (0.0, typical_x):
+            self._add(x, intercept + slope * x)
+
+    def observe(self, x: float, y: float) -> None:
+        self._count += 1
+        if self._count > self.TRUSTED_AFTER:
+            y = min(y, self.CLIP * (self.intercept + self.slope * x))
+        self._add(x, y)
+        n, sx, sy, sxx, sxy = self._sums
+        spread = n * sxx - sx * sx
+        if spread > 1e-9 * n * sxx:
+            self.slope = max(0.0, (n * sxy - sx * sy) / spread)
+        self.intercept = (sy - self.slope * sx) / n
+        if self.intercept < 0.0:
+            self.intercept, self.slope = 0.0, sxy / sxx
+
+    def _add(self, x: float, y: float) -> None:
+        n, sx, sy, sxx, sxy = (self.FORGET * each for each in self._sums)
+        self._sums = (n + 1.0, sx + x, sy + y, sxx + x * x, sxy + x * y)
+
+
 @dataclass(slots=True)
 class CostModel:
     """Costs of the models of one device.
@@ -58,10 +97,33 @@ class CostModel:
     link_bytes_per_s, switch_s0: prior of the switch; `link_bytes_per_s` is effective, not nominal.
     """
 
-    profiles: Mapping[str, Profile] = field(default_factory=dict)
+    profiles: dict[str, Profile] = field(default_factory=dict)
     default: Profile = DEFAULT_PROFILE
     link_bytes_per_s: float = PCIE5_BYTES_PER_S * PUBLISHED_LINK_SHARE
     switch_s0: float = 0.0
+    _steps: dict[str, LinearFit] = field(default_factory=dict)
+    _switch: LinearFit | None = None
+
+    def observe_step(self, model: str, num_requests: int, seconds: float) -> None:
+        """A decode step of `num_requests` took this long."""
+        profile = self.profiles.get(model, self.default)
+        fit = self._steps.get(model)
+        if fit is None:
+            fit = LinearFit(profile.step_s, profile.step_per_request_s, typical_x=8.0)
+            self._steps[model] = fit
+        fit.observe(num_requests, seconds)
+        self.profiles[model] = replace(profile, step_s=fit.intercept, step_per_request_s=fit.slope)
+
+    def observe_switch(self, missing_bytes: int, seconds: float) -> None:
+        """A switch that brought in `missing_bytes` took this long; one without is not counted."""
+        if not missing_bytes or not seconds > 0:
+            return
+        if self._switch is None:
+            per_byte_s = 1.0 / self.link_bytes_per_s
+            self._switch = LinearFit(self.switch_s0, per_byte_s, typical_x=float(missing_bytes))
+        self._switch.observe(float(missing_bytes), seconds)
+        self.switch_s0 = self._switch.intercept
+        self.link_bytes_per_s = 1.0 / max(self._switch.slope, 1e-15)
 
     def step_s(self, model: str, num_requests: int, context_tokens: int = 0) -> float:
         """One decode step of `num_requests`."""
