@@ -5,6 +5,7 @@ needs no GPU, no driver and no torch.
 """
 
 from aegaeon_kernels import kv
+from aegaeon_kernels.alias_set import AliasSet
 from aegaeon_kernels.arena import (
     Arena,
     ArenaStats,
@@ -37,6 +38,7 @@ from aegaeon_kernels.shared_region import SharedHandles, SharedRegion
 from aegaeon_kernels.torch_pool import TorchPool, TorchPoolStats
 
 __all__ = [
+    "AliasSet",
     "Arena",
     "ArenaStats",
     "Checkpoint",

@@ -6,26 +6,21 @@ This module knows bytes, addresses and owners' names. It does not know what is s
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal, Self
+from typing import Self
 
 from aegaeon_kernels import _C
 from aegaeon_kernels._closing import close_after
+from aegaeon_kernels.alias_set import AliasSet
+from aegaeon_kernels.contents import Contents, native_contents
 from aegaeon_kernels.errors import Shortage
 from aegaeon_kernels.shared_region import SharedHandles
 from aegaeon_kernels.views import MemoryViews
 
 CUDA_LIBRARY = "libcuda.so.1"
-
-Contents = Literal["zero", "poison", "preserve"]
-_CONTENTS = {
-    "zero": _C.Contents.ZERO,
-    "poison": _C.Contents.POISON,
-    "preserve": _C.Contents.PRESERVE,
-}
 
 
 class Device:
@@ -124,13 +119,11 @@ class MapStep:
     def _native(self) -> _C.Step:
         _require_not_negative("offset_bytes", self.offset_bytes)
         _require_not_negative("size_bytes", self.size_bytes)
-        if self.contents not in _CONTENTS:
-            raise ValueError(f"contents={self.contents!r} is none of {', '.join(_CONTENTS)}")
         return _C.Step.map(
             self.region._region,
             offset_bytes=self.offset_bytes,
             size_bytes=self.size_bytes,
-            contents=_CONTENTS[self.contents],
+            contents=native_contents(self.contents),
             read_only=self.read_only,
         )
 
@@ -247,7 +240,25 @@ class Arena:
         Raises ValueError, DriverError, LifecycleError (closed).
         """
         _require_not_negative("size_bytes", size_bytes)
-        return Region(self, self._arena.reserve(size_bytes=size_bytes, owner=owner, tag=tag))
+        return self._region_of(self._arena.reserve(size_bytes=size_bytes, owner=owner, tag=tag))
+
+    def _region_of(self, native: _C.Region) -> Region:
+        return Region(self, native)
+
+    def alias_set(
+        self, slot_bytes: int, *, owners: Sequence[str], tag: str = "", debug: bool = False
+    ) -> AliasSet:
+        """A region of slot_bytes for each owner, all over the same memory; see AliasSet.
+
+        The slot is the first owner's and shows zeros. debug: only the owner's region is mapped, so
+        that an access by anybody else faults. Raises ValueError (also: an owner twice),
+        OutOfMemory, DriverError, LifecycleError (closed): nothing is left behind.
+        """
+        _require_not_negative("slot_bytes", slot_bytes)
+        native = _C.AliasSet(
+            self._arena, slot_bytes=slot_bytes, owners=list(owners), tag=tag, debug=debug
+        )
+        return AliasSet(self, native)
 
     def transaction(self) -> Transaction:
         """Several maps and unmaps that happen as one, when the block is left:
@@ -307,9 +318,9 @@ class Arena:
     def close(self, *, abandon_views: bool = False) -> None:
         """Close all regions, release all memory. Does nothing when closed already.
 
-        abandon_views: see Region.close(). Raises LifecycleError, before anything is done, while a
-        region has views, is held or a transfer on it is in flight, and DriverError: then what is
-        closed stays closed, and close() may be called again.
+        abandon_views: see Region.close(). Raises LifecycleError, before anything is done, while an
+        alias set is open, or a region has views, is held or in a transfer, and DriverError: then
+        what is closed stays closed, and close() may be called again.
         """
         self._arena.close(abandon_views=abandon_views)
 

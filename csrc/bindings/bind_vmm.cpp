@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "bindings/bindings.hpp"
+#include "vmm/alias_set.hpp"
 #include "vmm/copy.hpp"
 #include "vmm/shared_region.hpp"
 
@@ -223,6 +224,16 @@ void bind_vmm(py::module_& module) {
       .def_property_readonly("owner", &Region::owner)
       .def_property_readonly("tag", &Region::tag);
   add_views(region, &region_dlpack, &region_copy_in, &region_copy_out);
+
+  py::class_<AliasSet, std::shared_ptr<AliasSet>>(module, "AliasSet",
+                                                  py::release_gil_before_calling_cpp_dtor())
+      .def(py::init(&AliasSet::create), py::arg("arena"), py::kw_only(), py::arg("slot_bytes"),
+           py::arg("owners"), py::arg("tag"), py::arg("debug"), ReleaseGil())
+      .def("region", &AliasSet::region, py::arg("owner"), ReleaseGil())
+      .def("give", &AliasSet::give, py::arg("owner"), py::kw_only(), py::arg("contents"),
+           ReleaseGil())
+      .def("close", &AliasSet::close, py::kw_only(), py::arg("abandon_views"), ReleaseGil())
+      .def("owner", &AliasSet::owner, ReleaseGil());
 
   py::class_<SharedRegion, std::shared_ptr<SharedRegion>> shared(
       module, "SharedRegion", py::release_gil_before_calling_cpp_dtor());

@@ -52,6 +52,11 @@ Arena::Arena(std::shared_ptr<Driver> driver, std::size_t capacity_bytes,
 Arena::~Arena() = default;
 
 std::shared_ptr<Region> Arena::reserve(std::size_t size_bytes, std::string owner, std::string tag) {
+  return make_region(size_bytes, std::move(owner), std::move(tag));
+}
+
+std::unique_ptr<Region> Arena::make_region(std::size_t size_bytes, std::string owner,
+                                           std::string tag) {
   auto granularity = driver_->granularity_bytes();
   if (size_bytes == 0 || size_bytes % granularity != 0) {
     throw std::invalid_argument(concat("size_bytes=", size_bytes,
@@ -64,7 +69,7 @@ std::shared_ptr<Region> Arena::reserve(std::size_t size_bytes, std::string owner
   // its destructor takes.
   auto entry = regions_.try_emplace(next_id_++, nullptr).first;
   try {
-    auto region = std::make_shared<Region>(shared_from_this(), entry->first, size_bytes,
+    auto region = std::make_unique<Region>(shared_from_this(), entry->first, size_bytes,
                                            std::move(owner), std::move(tag));
     entry->second = region.get();
     return region;
@@ -121,6 +126,10 @@ void Arena::close(bool abandon_views) {
   {
     std::lock_guard lock(mutex_);
     if (closed_) return;
+    if (num_alias_sets_ != 0) {
+      throw LifecycleError(concat("close of the arena: ", num_alias_sets_,
+                                  " alias set(s) of it are open; close them first"));
+    }
     open.reserve(regions_.size());
     for (auto const& [id, region] : regions_) {
       if (auto alive = region->weak_from_this().lock()) open.push_back(std::move(alive));
@@ -182,8 +191,7 @@ std::string Arena::holders() const {
 }
 
 void Arena::quarantine(Mapping mapping, bool filling) {
-  mapping.memory()->record.quarantined = true;
-  quarantined_bytes_ += mapping.bytes();
+  if (mapping.memory()->record.quarantined++ == 0) quarantined_bytes_ += mapping.bytes();
   quarantine_.push_back({.mapping = std::move(mapping), .filling = filling});
 }
 
@@ -193,9 +201,10 @@ void Arena::heal() {
     if (held.filling) return false;
     if (mapping.mapped()) held.last = mapping.unmap();
     if (mapping.mapped()) return false;
-    mapping.memory()->record.quarantined = false;
-    quarantined_bytes_ -= mapping.bytes();
-    pool_.give(mapping.memory());
+    if (--mapping.memory()->record.quarantined == 0) {
+      quarantined_bytes_ -= mapping.bytes();
+      pool_.give(mapping.memory());
+    }
     return true;
   });
 }

@@ -35,6 +35,8 @@ struct ArenaStats {
   HandlePoolStats pool;
 };
 
+class AliasSet;
+
 class Arena : public std::enable_shared_from_this<Arena> {
  public:
   // handle_bytes: none chooses a power of two near capacity / 256, from the granularity to 128 MiB.
@@ -65,6 +67,7 @@ class Arena : public std::enable_shared_from_this<Arena> {
   [[nodiscard]] std::size_t handle_bytes() const noexcept { return handle_bytes_; }
 
  private:
+  friend class AliasSet;
   friend class Region;
   friend class Transaction;
   using Lock = std::unique_lock<std::mutex>;
@@ -82,7 +85,9 @@ class Arena : public std::enable_shared_from_this<Arena> {
     Result last = kSuccess;  // of the last attempt
   };
 
-  // All private members: the mutex is held, but for those that take the lock and give it up.
+  std::unique_ptr<Region> make_region(std::size_t size_bytes, std::string owner, std::string tag);
+
+  // All that follow: the mutex is held, but for those that take the lock and give it up.
   // What the budget lacks for the plan, by simulating the ledger step by step.
   [[nodiscard]] std::optional<Shortage> shortage(std::vector<PlannedStep> const& plan) const;
   void find_evictable(std::vector<PlannedStep> const& plan, Shortage& shortage) const;
@@ -115,6 +120,7 @@ class Arena : public std::enable_shared_from_this<Arena> {
   std::uint64_t next_id_ = 1;
   HandlePool pool_;
   std::list<Quarantined> quarantine_;
+  std::size_t num_alias_sets_ = 0;       // open ones
   std::uint64_t unconfirmed_fills_ = 0;  // counts the failures to wait for them; 0: none left
   std::vector<std::shared_ptr<Event>> free_events_;
   std::unique_ptr<Stream> fill_stream_;  // last: its end waits for fills of what is above

@@ -35,7 +35,7 @@ class Allocation {
     std::size_t offset = 0;
     std::optional<std::string> owner;  // whose bytes it may hold; none: as the driver made it
     std::uint64_t pool_age = 0;        // its place among the free handles; 0: not free
-    bool quarantined = false;
+    std::size_t quarantined = 0;       // at so many places
   };
   Record record;
 

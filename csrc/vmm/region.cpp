@@ -76,6 +76,7 @@ void Region::protect(std::size_t offset_bytes, std::optional<std::size_t> size_b
   Lock lock(arena_->mutex_);
   wait_for_change(lock);
   require_open("protect");
+  require_part_of(nullptr, "protect");
   auto range = checked_range("protect", offset_bytes, size_bytes);
   require_whole_slots("protect", slots_, range, size_bytes.has_value());
   auto [begin, end] = mappings_in(range);
@@ -143,6 +144,35 @@ void Region::record(StreamId stream) {
   recorded_[stream] = {std::move(event), arena_->next_id_++};
 }
 
+bool Region::wait_for_events(Lock& lock, std::vector<Region*> const& regions) {
+  struct Awaited {
+    Region* region;
+    StreamId stream;
+    Recorded recorded;
+  };
+  std::vector<Awaited> awaited;
+  for (auto* region : regions) {
+    for (auto const& [stream, recorded] : region->recorded_) {
+      awaited.push_back({region, stream, recorded});
+    }
+  }
+  if (awaited.empty()) return false;
+  auto& arena = *regions.front()->arena_;
+  lock.unlock();
+  for (auto const& [region, stream, recorded] : awaited) {
+    check(*arena.driver_, arena.driver_->event_synchronize(recorded.event->id()),
+          "event_synchronize");
+  }
+  lock.lock();
+  for (auto const& [region, stream, recorded] : awaited) {
+    auto found = region->recorded_.find(stream);
+    if (found == region->recorded_.end() || found->second.number != recorded.number) continue;
+    arena.free_events_.push_back(std::move(found->second.event));
+    region->recorded_.erase(found);
+  }
+  return true;
+}
+
 void Region::drop_events() {
   for (auto& [stream, recorded] : recorded_) {
     arena_->free_events_.push_back(std::move(recorded.event));
@@ -187,6 +217,7 @@ std::unique_ptr<Region::Use> Region::use(std::vector<Range> const& ranges, bool 
   Lock lock(arena_->mutex_);
   wait_for_change(lock);
   require_open("transfer");
+  require_slot("transfer");
   for (auto const& range : ranges) {
     auto where = [&] {
       return concat("transfer on ", title(), ": [", range.offset_bytes, ", ", range.end(), ")");
@@ -286,6 +317,18 @@ void Region::require_no_views(char const* verb) const {
   throw LifecycleError(concat(verb, " of ", title(), ": ", num_exports_.load(),
                               " view(s) of its memory are alive (tensors, arrays); drop them "
                               "first, or close with abandon_views"));
+}
+
+void Region::require_part_of(AliasSet const* set, char const* verb) const {
+  if (alias_set_ == set) return;
+  throw LifecycleError(concat(verb, " of ", title(),
+                              ": it belongs to an alias set, which maps, gives and closes it"));
+}
+
+void Region::require_slot(char const* verb) const {
+  if (owns_slot_) return;
+  throw LifecycleError(
+      concat(verb, " on ", title(), ": another owner of its alias set has the slot"));
 }
 
 Range Region::checked_range(char const* verb, std::size_t offset_bytes,

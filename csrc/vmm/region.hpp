@@ -23,6 +23,7 @@
 
 namespace aegaeon {
 
+class AliasSet;
 class Arena;
 class Transaction;
 
@@ -123,6 +124,7 @@ class Region : public std::enable_shared_from_this<Region> {
   std::vector<SharedHandle> export_handles();
 
  private:
+  friend class AliasSet;
   friend class Arena;
   friend class Transaction;
   using Lock = std::unique_lock<std::mutex>;
@@ -143,6 +145,12 @@ class Region : public std::enable_shared_from_this<Region> {
   void require_open(char const* verb) const;
   void require_unused(char const* verb) const;
   void require_no_views(char const* verb) const;
+  // Throws unless that is the alias set which it belongs to; null: none.
+  void require_part_of(AliasSet const* set, char const* verb) const;
+  void require_slot(char const* verb) const;
+  // Of the recorded work, giving the lock up; false: there was none. What is recorded meanwhile is
+  // for the next round.
+  static bool wait_for_events(Lock& lock, std::vector<Region*> const& regions);
   Range checked_range(char const* verb, std::size_t offset_bytes,
                       std::optional<std::size_t> size_bytes) const;
   void require_whole_slots(char const* verb, SlotMap const& slots, Range const& range,
@@ -166,6 +174,8 @@ class Region : public std::enable_shared_from_this<Region> {
   SlotMap slots_;
   Slots mapped_;
   bool changing_ = false;  // a transaction works on it without the mutex
+  AliasSet const* alias_set_ = nullptr;
+  bool owns_slot_ = true;  // of its alias set
   std::size_t num_windows_ = 0;
   std::size_t num_writers_ = 0;
   std::multiset<std::string> holds_;

@@ -43,6 +43,7 @@ std::vector<SharedHandle> Region::export_handles() {
   Lock lock(arena_->mutex_);
   wait_for_change(lock);
   require_open("export_handles");
+  require_slot("export_handles");
   if (!arena_->pool_.exportable()) {
     throw std::invalid_argument(
         concat("export_handles of ", title(), ": make its arena with exportable=True"));

@@ -128,7 +128,7 @@ void Arena::find_evictable(std::vector<PlannedStep> const& plan, Shortage& short
     if (own ? owner != shortage.owner : asking.contains(owner)) continue;
     if (auto limit = limits_.find(owner); limit != limits_.end() && limit->second.pinned) {
       ++num_pinned;
-    } else if (region->num_uses_ != 0 || !region->holds_.empty()) {
+    } else if (region->num_uses_ != 0 || !region->holds_.empty() || region->alias_set_ != nullptr) {
       ++num_in_use;
     } else {
       holdings[{owner, region->tag()}] += bytes;

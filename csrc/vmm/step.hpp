@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <optional>
 
@@ -17,6 +18,8 @@ enum class Contents {
   kPoison,   // 0xff throughout, a NaN in bf16, fp16, fp32 and fp8-e4m3
   kPreserve  // whatever the handles hold: the caller overwrites all it later reads
 };
+
+inline constexpr std::uint8_t kPoisonByte = 0xff;
 
 struct Step {
   enum class Kind { kMap, kUnmap };

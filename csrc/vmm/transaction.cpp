@@ -7,8 +7,6 @@
 namespace aegaeon {
 namespace {
 
-constexpr std::uint8_t kPoisonByte = 0xff;
-
 bool promises_zeros(Driver const& driver) {
   return driver.kind() == DeviceKind::kHost;  // a memfd; cuda.h promises nothing
 }
@@ -43,11 +41,12 @@ void add_range(std::vector<RegionRange>& to, Region const& region, Range const& 
 }  // namespace
 
 Transaction::Transaction(Arena& arena, std::vector<Step> steps, std::shared_ptr<Region> closing,
-                         bool abandon_views)
+                         bool abandon_views, AliasSet const* on_behalf_of)
     : arena_(arena),
       steps_(std::move(steps)),
       closing_(std::move(closing)),
-      abandon_views_(abandon_views) {
+      abandon_views_(abandon_views),
+      on_behalf_of_(on_behalf_of) {
   for (auto const& step : steps_) {
     if (step.region->arena_.get() != &arena_) {
       throw std::invalid_argument(
@@ -138,6 +137,7 @@ std::vector<PlannedStep> Transaction::plan() const {
     bool maps = step.kind == Step::Kind::kMap;
     char const* verb = maps ? "map" : "unmap";
     region.require_open(verb);
+    region.require_part_of(on_behalf_of_, verb);
     auto range = region.checked_range(verb, step.offset_bytes, step.size_bytes);
     auto found = ahead.find(&region);
     SlotMap const& slots = found == ahead.end() ? region.slots_ : found->second;
@@ -168,6 +168,7 @@ std::vector<PlannedStep> Transaction::plan() const {
 
 std::vector<PlannedStep> Transaction::plan_close() const {
   if (closing_->closed_) return {};
+  closing_->require_part_of(on_behalf_of_, "close");
   closing_->require_unused("close");
   if (!abandon_views_) closing_->require_no_views("close");
   Range all{0, closing_->size_bytes()};
@@ -176,35 +177,14 @@ std::vector<PlannedStep> Transaction::plan_close() const {
   return {{Step::Kind::kUnmap, closing_, all, closing_->mapped_bytes_, Contents::kPreserve, false}};
 }
 
-// Without the lock. What is recorded meanwhile is waited for in the next round.
 bool Transaction::wait_for_events(Lock& lock) {
-  struct Awaited {
-    Region* region;
-    StreamId stream;
-    Region::Recorded recorded;
-  };
-  std::vector<Awaited> awaited;
-  std::set<Region*> seen;
+  std::vector<Region*> regions;
   for (auto const& step : planned_) {
-    if (step.kind == Step::Kind::kMap || !seen.insert(step.region.get()).second) continue;
-    for (auto const& [stream, recorded] : step.region->recorded_) {
-      awaited.push_back({step.region.get(), stream, recorded});
-    }
+    if (step.kind == Step::Kind::kMap) continue;
+    if (std::find(regions.begin(), regions.end(), step.region.get()) != regions.end()) continue;
+    regions.push_back(step.region.get());
   }
-  if (awaited.empty()) return false;
-  lock.unlock();
-  auto& driver = *arena_.driver_;
-  for (auto const& [region, stream, recorded] : awaited) {
-    aegaeon::check(driver, driver.event_synchronize(recorded.event->id()), "event_synchronize");
-  }
-  lock.lock();
-  for (auto const& [region, stream, recorded] : awaited) {
-    auto found = region->recorded_.find(stream);
-    if (found == region->recorded_.end() || found->second.number != recorded.number) continue;
-    arena_.free_events_.push_back(std::move(found->second.event));
-    region->recorded_.erase(found);
-  }
-  return true;
+  return Region::wait_for_events(lock, regions);
 }
 
 bool Transaction::tell_before(Lock& lock) {

@@ -19,9 +19,10 @@ namespace aegaeon {
 
 class Transaction {
  public:
-  // closing: this region's address range goes too, after the steps.
+  // closing: this region's address range goes too, after the steps. on_behalf_of: the alias set
+  // whose regions these are; nobody else may map, unmap or close them.
   Transaction(Arena& arena, std::vector<Step> steps, std::shared_ptr<Region> closing = nullptr,
-              bool abandon_views = false);
+              bool abandon_views = false, AliasSet const* on_behalf_of = nullptr);
   void commit();
   std::optional<Shortage> check();
 
@@ -82,6 +83,7 @@ class Transaction {
   std::vector<Step> steps_;
   std::shared_ptr<Region> closing_;
   bool abandon_views_;
+  AliasSet const* on_behalf_of_;
   std::vector<PlannedStep> planned_;
   std::vector<Applied> applied_;
   std::vector<Notice> told_;  // before_unmap has been called
