@@ -416,12 +416,15 @@ def test_unset_and_empty_variables_mean_the_default(monkeypatch: pytest.MonkeyPa
                 monkeypatch.setenv(name, value)
         assert envs.enable() is False
         assert envs.log_level() == "INFO"
+        assert envs.poison_memory() is False
 
 
 def test_variables_are_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AEGAEON_ENABLE", "1")
     monkeypatch.setenv("AEGAEON_LOG_LEVEL", "debug")
+    monkeypatch.setenv("AEGAEON_POISON_MEMORY", "1")
     assert envs.enable() is True
+    assert envs.poison_memory() is True
     assert envs.log_level() == "DEBUG"
 
 
@@ -430,6 +433,7 @@ def test_variables_are_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("AEGAEON_ENABLE", envs.enable, "yes"),
         ("AEGAEON_LOG_LEVEL", envs.log_level, "loud"),
+        ("AEGAEON_POISON_MEMORY", envs.poison_memory, "2"),
     ],
 )
 def test_a_malformed_variable_is_refused(

@@ -47,10 +47,10 @@ def test_unseeded_sampling_draws_what_the_model_alone_would_draw(tiny_models, pr
     assert answer["warm"] > 0.9 * answer["steps"]
 
 
-def test_nan_left_in_kv_memory_by_another_model_changes_no_token(
-    tiny_models, program, plain_vllm, tmp_path
+def test_nan_left_in_memory_by_another_model_changes_no_token(
+    tiny_models, program, plain_vllm, tmp_path, monkeypatch
 ):
-    """All-ones bytes are NaN in bf16. In a model whose layers all have a sliding window, vLLM's CPU
+    """Poison is NaN in bf16. In a model whose layers all have a sliding window, vLLM's CPU
     runner zeroes no new block itself, even when it is told which ones are new.
     """
     models = tiny_models("llama", "mistral")
@@ -60,7 +60,8 @@ def test_nan_left_in_kv_memory_by_another_model_changes_no_token(
     (windowed / "config.json").write_text(json.dumps({**config, "sliding_window": 64}))
     models["mistral"] = str(windowed)
     requests = requests_for(list(models), per_model=3)
-    answer = program("exact", job_for(models, requests, poison=True))
+    monkeypatch.setenv("AEGAEON_POISON_MEMORY", "1")
+    answer = program("exact", job_for(models, requests))
     assert answer["rounds"] == [plain_vllm(models, requests)]
 
 

@@ -32,18 +32,18 @@ VARIABLES = (
         "act in this vLLM process; without it the vLLM plugin is loaded but changes nothing",
     ),
     Variable("AEGAEON_LOG_LEVEL", " | ".join(LOG_LEVELS), "least severe message that is printed"),
+    Variable(
+        "AEGAEON_POISON_MEMORY",
+        "0 or 1",
+        "fill device memory with NaNs when it changes hands: reading what nobody wrote shows",
+    ),
 )
 NAMES = tuple(variable.name for variable in VARIABLES)
 
 
 def enable() -> bool:
     """AEGAEON_ENABLE: whether the plugin acts in this process. Default: no."""
-    value = _get("AEGAEON_ENABLE")
-    if value is None:
-        return False
-    if value not in ("0", "1"):
-        raise _malformed("AEGAEON_ENABLE", value)
-    return value == "1"
+    return _flag("AEGAEON_ENABLE")
 
 
 def log_level() -> str:
@@ -54,6 +54,13 @@ def log_level() -> str:
     if value.upper() not in LOG_LEVELS:
         raise _malformed("AEGAEON_LOG_LEVEL", value)
     return value.upper()
+
+
+def poison_memory() -> bool:
+    """AEGAEON_POISON_MEMORY: whether mapped memory that is not zeroed is filled with NaNs. Default:
+    no.
+    """
+    return _flag("AEGAEON_POISON_MEMORY")
 
 
 def hub_cache_dir() -> Path:
@@ -106,6 +113,15 @@ def child_environment(changes: Mapping[str, str | None]) -> dict[str, str]:
         else:
             environment[name] = value
     return environment
+
+
+def _flag(name: str) -> bool:
+    value = _get(name)
+    if value is None:
+        return False
+    if value not in ("0", "1"):
+        raise _malformed(name, value)
+    return value == "1"
 
 
 def _get(name: str) -> str | None:

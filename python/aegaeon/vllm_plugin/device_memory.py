@@ -3,6 +3,7 @@
 import torch
 
 import aegaeon_kernels as ak
+from aegaeon.core import envs
 from aegaeon.core.clock import Clock
 from aegaeon.switching.kv_store import HostKVStore
 from aegaeon.switching.switcher import Switcher
@@ -37,6 +38,7 @@ def make_switcher(
             device,
             capacity_bytes=device_memory_bytes // granularity * granularity,
             handle_bytes=granularity if small else None,
+            poison=envs.poison_memory(),
         ),
         prefetcher=ak.Prefetcher(device),
         kv_store=HostKVStore(

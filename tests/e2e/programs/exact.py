@@ -3,13 +3,11 @@
 `rounds`: how often the requests are run (the second time meets the prefix cache of the first).
 `corrupt`: "weights" or "kv": one byte of each model's host image is flipped, once, right after an
 eviction; the negative control of every claim that the images are what is restored.
-`poison`: KV memory is filled with NaNs whenever it is mapped, as if another model had left them.
 """
 
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from common import make_pool, prompts_of, read_job, report, token_ids_by_model
 
 import aegaeon_kernels as ak
@@ -62,16 +60,6 @@ def corrupt(pool: OfflinePool, what: str) -> None:
                 flip_once_after_eviction(unit, store, lambda unit=unit: kv_offset(unit))
 
 
-def poison_on_map(unit: KVUnit) -> None:
-    map_ = unit.map
-
-    def map_and_poison() -> None:
-        map_()
-        unit.region.tensor((unit.size_bytes,), torch.uint8).fill_(0xFF)
-
-    unit.map = map_and_poison  # type: ignore[method-assign]
-
-
 def count_preemptions(scheduler: Any, name: str, counts: dict[str, int]) -> None:
     preempt = scheduler._preempt_request
 
@@ -87,11 +75,6 @@ def main() -> None:
     with make_pool(job) as pool:
         if "corrupt" in job:
             corrupt(pool, job["corrupt"])
-        if job.get("poison"):
-            for memory in pool.switcher.models.values():
-                for unit in memory.units:
-                    if isinstance(unit, KVUnit):
-                        poison_on_map(unit)
         preemptions = dict.fromkeys(job["models"], 0)
         for name, engine in pool.engines.items():
             count_preemptions(engine.core.scheduler, name, preemptions)
