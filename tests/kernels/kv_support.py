@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import pytest
 import torch
 
+from aegaeon_kernels import kv_copy
 from aegaeon_kernels.kv_layout import KVLayout, Plane
 
 GUARD_BYTES = 64
@@ -131,3 +133,12 @@ class Guarded:
         for tensor in self.tensors:
             tensor.fill_(GUARD)
         assert bool((self.storage == GUARD).all()), "a byte beside the cache was overwritten"
+
+
+def interpret(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel in Triton's interpreter, without deciding so for the whole process."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    monkeypatch.setattr(
+        kv_copy, "copy_pages_kernel", InterpretedFunction(kv_copy.copy_pages_kernel.fn)
+    )

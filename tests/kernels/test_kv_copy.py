@@ -23,6 +23,7 @@ from kv_support import (
     Sample,
     block_outermost,
     in_tensors,
+    interpret,
     layer_outermost,
     random_bytes,
 )
@@ -39,15 +40,6 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if request.param == "triton":
         interpret(monkeypatch)
     return request.param
-
-
-def interpret(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel in Triton's interpreter, without deciding so for the whole process."""
-    from triton.runtime.interpreter import InterpretedFunction
-
-    monkeypatch.setattr(
-        kv_copy, "copy_pages_kernel", InterpretedFunction(kv_copy.copy_pages_kernel.fn)
-    )
 
 
 def check_all(sample: Sample, backend: str, seed: int, num_ids: int = 11, **options: Any) -> None:
