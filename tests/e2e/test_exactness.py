@@ -35,6 +35,14 @@ def test_a_switch_after_every_token_changes_no_token(
     assert (answer["cached"][1] > 0) is prefix_caching
 
 
+def test_switches_by_slack_change_no_token(tiny_models, program, plain_vllm):
+    models = tiny_models("llama", "qwen3")
+    requests = requests_for(list(models))
+    answer = program("exact", job_for(models, requests, policy="slack"))
+    assert answer["rounds"] == [plain_vllm(models, requests)]
+    assert answer["warm"] >= 2
+
+
 def test_unseeded_sampling_draws_what_the_model_alone_would_draw(tiny_models, program, plain_vllm):
     """It draws from the process's generators, which are exchanged with the model."""
     models = tiny_models("llama", "qwen3")

@@ -57,7 +57,7 @@ __all__ = [
     "parse_duration",
 ]
 
-POLICIES = ("round-robin",)
+POLICIES = ("round-robin", "fcfs", "paper", "request-level", "slack")
 
 # vLLM's options that the pool decides: key -> where to say it instead (None: it has no place).
 OWNED_VLLM_OPTIONS: Mapping[str, str | None] = {
@@ -107,7 +107,7 @@ class _Strict(BaseModel):
 
 
 class Slo(_Strict):
-    """When a token counts as on time. Accepted; round robin does not act on it."""
+    """When a token counts as on time. Round robin does not act on it."""
 
     ttft_ms: Milliseconds = 10_000.0
     """Time to the first token, in milliseconds."""
@@ -143,7 +143,7 @@ class ModelConfig(Defaults):
     pin: bool = False
     """Never leaves the device."""
     priority: int = 0
-    """Lower runs earlier. Accepted; round robin does not act on it."""
+    """Lower runs earlier. Only `slack` acts on it."""
     vllm: dict[str, Any] = Field(default_factory=dict)
     """Passed to vLLM's engine arguments as it is."""
 

@@ -4,6 +4,7 @@ Both sides are Protocols: vLLM's engine cores implement `Engine` in `aegaeon.vll
 tests implement it with a few lines of arithmetic, and neither inherits anything from here.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,6 +21,20 @@ class EngineLoad:
         return self.num_running + self.num_waiting
 
 
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """One open request of an engine. prefilled: its prompt is computed. priority: lower is first.
+
+    tokens_done: output tokens so far.
+    """
+
+    id: str
+    prompt_tokens: int
+    tokens_done: int
+    prefilled: bool
+    priority: int = 0
+
+
 class Engine(Protocol):
     """One model's engine core: its own scheduler and requests, stepped by somebody else."""
 
@@ -30,6 +45,9 @@ class Engine(Protocol):
         """Take in what clients sent since the last call: requests, aborts, control calls."""
 
     def load(self) -> EngineLoad: ...
+
+    def requests(self) -> Iterable[EngineRequest]:
+        """The open requests that `load` counts, oldest first."""
 
     def has_work(self) -> bool:
         """Whether a step would do anything, be it only the report of a finished request."""
@@ -45,6 +63,9 @@ class Residency(Protocol):
     """Decides nothing, only does: makes one model's bytes resident, evicting others for it."""
 
     def is_resident(self, name: str) -> bool: ...
+
+    def missing_bytes(self, name: str) -> int:
+        """What `activate` would copy in now; 0 when `name` is resident."""
 
     def activate(self, name: str) -> None:
         """Make `name` resident and current.

@@ -11,9 +11,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from aegaeon.core.clock import Clock
-from aegaeon.core.engine import Engine, Residency
+from aegaeon.core.config import Slo
+from aegaeon.core.engine import Engine, EngineLoad, Residency
 from aegaeon.core.errors import AegaeonError
-from aegaeon.sched.scheduler import ModelView, Policy, PoolState, Turn
+from aegaeon.sched.cost import CostModel
+from aegaeon.sched.open_requests import OpenRequests
+from aegaeon.sched.scheduler import NO_WORK, ModelView, Policy, PoolState, RequestView, Turn, Work
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +43,15 @@ class LoopCounters:
 @dataclass
 class _Entry:
     engine: Engine
+    slo: Slo
+    priority: int
     blocked_until: float = 0.0
     failures: int = 0
     last_run_s: float | None = None
+    # When each open request was first seen here, and their sum as of the load it was made for.
+    arrived_s: dict[str, float] = field(default_factory=dict)
+    summed: EngineLoad | None = None
+    work: Work = NO_WORK
 
 
 @dataclass
@@ -53,6 +62,7 @@ class StepLoop:
     residency: `activate` is called before the steps of a turn.
     clock: for back-off and quotas.
     wake: set it (from any thread) when an engine may have got something to poll.
+    costs: learns from every step and switch what they take.
     recoverable: exceptions of `activate` after which everything is as before and a retry helps.
     """
 
@@ -62,17 +72,21 @@ class StepLoop:
     wake: threading.Event = field(default_factory=threading.Event)
     recoverable: tuple[type[BaseException], ...] = (AegaeonError,)
     counters: LoopCounters = field(default_factory=LoopCounters)
+    costs: CostModel = field(default_factory=CostModel)
 
     def __post_init__(self) -> None:
         self._entries: dict[str, _Entry] = {}
         self._last: str | None = None
         self._stop = False
 
-    def add(self, engine: Engine) -> None:
-        """Host one more engine. Only from the loop's thread, or while it is not running."""
+    def add(self, engine: Engine, *, slo: Slo | None = None, priority: int = 0) -> None:
+        """Host one more engine; `priority` is added to that of its requests.
+
+        Only from the loop's thread, or while it is not running.
+        """
         if engine.name in self._entries:
             raise ValueError(f"an engine named {engine.name!r} is already hosted")
-        self._entries[engine.name] = _Entry(engine)
+        self._entries[engine.name] = _Entry(engine, slo or Slo(), priority)
 
     @property
     def engines(self) -> Iterable[Engine]:
@@ -125,6 +139,7 @@ class StepLoop:
                     # The report of a finished request runs no model: no switch for it.
                     entry.engine.run_step()
                     self.counters.flushes += 1
+                self._sum_up(entry)
 
     @contextmanager
     def _boundary(self, entry: _Entry) -> Iterator[None]:
@@ -146,12 +161,39 @@ class StepLoop:
                     has_work=load.num_unfinished > 0,
                     resident=self.residency.is_resident(name),
                     blocked_until=entry.blocked_until,
+                    work=entry.work,
+                    missing_bytes=self.residency.missing_bytes(name),
                     last_run_s=entry.last_run_s,
                 )
             )
-        return PoolState(models=tuple(models), last=self._last)
+        return PoolState(models=tuple(models), last=self._last, costs=self.costs)
+
+    def _sum_up(self, entry: _Entry) -> None:
+        """The work of a model, anew when it has run or its counts have changed."""
+        load = entry.engine.load()
+        if entry.summed != load:
+            now, before = self.clock.now(), entry.arrived_s
+            entry.arrived_s = {}
+            requests = OpenRequests()
+            for each in entry.engine.requests():
+                entry.arrived_s[each.id] = before.get(each.id, now)
+                requests.add(
+                    RequestView(
+                        id=each.id,
+                        arrival_s=entry.arrived_s[each.id],
+                        prompt_tokens=each.prompt_tokens,
+                        tokens_done=each.tokens_done,
+                        prefilled=each.prefilled,
+                        ttft_s=entry.slo.ttft_ms / 1e3,
+                        tpot_s=entry.slo.tpot_ms / 1e3,
+                        priority=entry.priority + each.priority,
+                    )
+                )
+            entry.work, entry.summed = requests.work, load
 
     def _activate(self, entry: _Entry) -> bool:
+        missing_bytes = self.residency.missing_bytes(entry.engine.name)
+        started_s = self.clock.now()
         try:
             self.residency.activate(entry.engine.name)
         except self.recoverable as error:
@@ -168,6 +210,7 @@ class StepLoop:
             )
             return False
         entry.failures = 0
+        self.costs.observe_switch(missing_bytes, self.clock.now() - started_s)
         return True
 
     def _bring_in_ahead(self, turn: Turn) -> None:
@@ -177,7 +220,10 @@ class StepLoop:
                 return
 
     def _run_steps(self, entry: _Entry, turn: Turn) -> None:
-        ends_s = self.clock.now() + turn.quota_s
+        entry.summed = None  # it runs: its sum is made anew for the next decision
+        began_s = self.clock.now()
+        ends_s = began_s + turn.quota_s
+        load = entry.engine.load()
         for _ in range(turn.max_steps):
             executed = entry.engine.run_step()
             self.counters.steps += 1
@@ -185,10 +231,14 @@ class StepLoop:
                 entry.blocked_until = self.clock.now() + EMPTY_STEP_DELAY_S
                 return
             entry.last_run_s = self.clock.now()
+            if load.num_waiting == 0:
+                step_s = entry.last_run_s - began_s
+                self.costs.observe_step(entry.engine.name, load.num_running, step_s)
             if self._stop or entry.last_run_s >= ends_s:
                 return
             entry.engine.poll()
-            if entry.engine.load().num_unfinished == 0:
+            began_s, load = self.clock.now(), entry.engine.load()
+            if load.num_unfinished == 0:
                 return
 
     def _give_up(self, entry: _Entry, error: BaseException) -> None:

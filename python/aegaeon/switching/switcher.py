@@ -201,6 +201,12 @@ class Switcher:
     def is_resident(self, name: str) -> bool:
         return self._models[name].state is ModelState.RESIDENT
 
+    def missing_bytes(self, name: str) -> int:
+        """What `activate` would copy in now: weights, and the KV blocks that the host keeps."""
+        units = [unit for unit in self._models[name].units if not unit.resident]
+        kv = sum(u.num_copies * u.slot_bytes for u in units if isinstance(u, KVUnit))
+        return kv + sum(u.size_bytes - u.bytes_ahead for u in units if isinstance(u, WeightsUnit))
+
     def close(self) -> None:
         for name in list(self._models):
             self.remove_model(name)

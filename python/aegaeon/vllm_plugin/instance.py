@@ -81,7 +81,7 @@ class Instance:
                 switcher=self.switcher,
                 wake=self.loop.wake,
             )
-        self.loop.add(core)
+        self.loop.add(core, slo=model.slo, priority=model.priority)
 
     def state(self) -> dict[str, Any]:
         """A snapshot for the admin interface; callable from any thread."""

@@ -4,7 +4,7 @@ Same workers, same switcher, same step loop as an instance; only vLLM's in-proce
 stands in for the engine core behind sockets.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from vllm.v1.executor import Executor
 import aegaeon_kernels as ak
 from aegaeon.core.clock import Clock, MonotonicClock
 from aegaeon.core.config import ModelConfig
-from aegaeon.core.engine import EngineLoad
+from aegaeon.core.engine import EngineLoad, EngineRequest
 from aegaeon.core.errors import AegaeonError
 from aegaeon.sched.scheduler import Policy
 from aegaeon.sched.step_loop import StepLoop
@@ -24,7 +24,7 @@ from aegaeon.vllm_plugin.device_memory import make_switcher
 from aegaeon.vllm_plugin.engine_config import engine_config, serve_args
 from aegaeon.vllm_plugin.hosting import hosting
 from aegaeon.vllm_plugin.seams import apply_all
-from aegaeon.vllm_plugin.seams.engine_core import engine_load, keep_books
+from aegaeon.vllm_plugin.seams.engine_core import engine_load, engine_requests, keep_books
 
 # Taken as blocks are first stored.
 DEFAULT_HOST_KV_BYTES = 1 << 30
@@ -62,6 +62,9 @@ class OfflineEngine:
 
     def load(self) -> EngineLoad:
         return engine_load(self.core.scheduler)
+
+    def requests(self) -> Iterable[EngineRequest]:
+        return engine_requests(self.core.scheduler)
 
     def has_work(self) -> bool:
         return self.error is None and self.engine.has_unfinished_requests()
@@ -131,7 +134,7 @@ class OfflinePool:
         hosted = OfflineEngine(model.name, engine)
         keep_books(self.switcher, model.name, hosted.core)
         self.engines[model.name] = hosted
-        self.loop.add(hosted)
+        self.loop.add(hosted, slo=model.slo, priority=model.priority)
         return hosted
 
     def generate(self, prompts: Sequence[Prompt]) -> list[RequestOutput]:

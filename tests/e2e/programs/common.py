@@ -8,7 +8,7 @@ from typing import Any
 import aegaeon_kernels as ak
 from aegaeon.core import envs
 from aegaeon.core.config import ModelConfig
-from aegaeon.sched.policies.round_robin import RoundRobin
+from aegaeon.sched.policies import make_policy
 from aegaeon.switching.image_cache import ImageCache
 
 envs.set_vllm_defaults()
@@ -30,13 +30,13 @@ def report(answer: dict[str, Any]) -> None:
 def make_pool(job: dict[str, Any], device: ak.Device | None = None) -> OfflinePool:
     """A pool with all models of the job loaded.
 
-    Job: `device_memory` (bytes), `quantum`, `models`: name -> checkpoint, `kv_memory`,
+    Job: `device_memory` (bytes), `quantum`, `policy`, `models`: name -> checkpoint, `kv_memory`,
     `max_model_len`, `vllm` (engine options of every model), `image_cache` (a directory).
     """
     pool = OfflinePool(
         device or ak.Device("host", memory_bytes=job["device_memory"]),
         device_memory_bytes=job["device_memory"],
-        policy=RoundRobin(job["quantum"]),
+        policy=make_policy(job.get("policy", "round-robin"), quantum=job["quantum"]),
         image_cache=ImageCache(Path(cache), 1 << 40) if (cache := job.get("image_cache")) else None,
     )
     for name, path in job["models"].items():

@@ -6,7 +6,7 @@ the handshake (our sockets are agreed on beforehand), the busy loop and the shut
 
 import queue
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from vllm.v1.engine.utils import EngineZmqAddresses
 from vllm.v1.executor import Executor
 
 import aegaeon_kernels as ak
-from aegaeon.core.engine import EngineLoad
+from aegaeon.core.engine import EngineLoad, EngineRequest
 from aegaeon.core.errors import AegaeonError
 from aegaeon.switching.residency import KVUnit
 from aegaeon.switching.switcher import Switcher
@@ -70,6 +70,9 @@ class HostedEngineCore(EngineCoreProc):
 
     def load(self) -> EngineLoad:
         return engine_load(self.scheduler)
+
+    def requests(self) -> Iterable[EngineRequest]:
+        return engine_requests(self.scheduler)
 
     def run_step(self) -> bool:
         return self._process_engine_step()
@@ -136,6 +139,21 @@ def engine_load(scheduler: Any) -> EngineLoad:
     return EngineLoad(num_running=running, num_waiting=unfinished - running)
 
 
+def engine_requests(scheduler: Any) -> Iterable[EngineRequest]:
+    """The scheduler's open requests in order of arrival."""
+    for request in scheduler.requests.values():
+        if not request.is_finished():
+            yield EngineRequest(
+                request.request_id,
+                request.num_prompt_tokens,
+                request.num_output_tokens,
+                # All tokens but the last are computed, which is what a decode step asks for.
+                request.num_computed_tokens + 1 >= request.num_tokens
+                and request.num_output_tokens > 0,
+                request.priority,
+            )
+
+
 def keep_books(switcher: Switcher, name: str, engine_core: Any) -> None:
     """From now on an eviction of `name` copies out the blocks that `engine_core` still needs, those
     that have been written since the last time.
@@ -185,6 +203,13 @@ SEAM = Seam(
         Upstream("vllm.v1.engine.core", "EngineCoreProc.process_input_queue_block"),
         Upstream("vllm.v1.engine.core", "EngineCore.shutdown"),
         Upstream("vllm.v1.core.sched.scheduler", "Scheduler.get_request_counts"),
+        Upstream("vllm.v1.core.sched.scheduler", "Scheduler.requests"),
+        Upstream("vllm.v1.request", "Request.num_prompt_tokens"),
+        Upstream("vllm.v1.request", "Request.num_computed_tokens"),
+        Upstream("vllm.v1.request", "Request.num_output_tokens"),
+        Upstream("vllm.v1.request", "Request.num_tokens"),
+        Upstream("vllm.v1.request", "Request.priority"),
+        Upstream("vllm.v1.request", "Request.is_finished"),
         Upstream("vllm.v1.core.sched.scheduler", "Scheduler.get_num_unfinished_requests"),
         Upstream("vllm.v1.engine.utils", "EngineZmqAddresses.inputs"),
         Upstream(
