@@ -149,6 +149,8 @@ def test_giving_waits_for_what_the_owner_has_recorded(
 def test_every_failure_of_making_one_leaves_nothing(
     device: FaultyDevice, arena: ak.Arena, debug: bool, persistent: bool
 ) -> None:
+    if persistent and device.kind == "cuda":
+        pytest.skip("addresses that are never freed would stay in the books of the stub")
     for n in range(1, 100):
         device.reset()
         device.fail_call(n, persistent=persistent)
