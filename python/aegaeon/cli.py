@@ -1,4 +1,4 @@
-"""The command line: `aegaeon serve | generate | demo | image | tiny-model | check-config` and more.
+"""The command line: `aegaeon serve | ps | load | generate | demo | image | check-config` and more.
 
 Parses, calls, prints. Whatever a command does is in the module it imports, and vLLM is imported
 only by commands that need it.
@@ -9,13 +9,16 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 
 from aegaeon.core import config, envs
 from aegaeon.core.errors import AegaeonError, ConfigError
+
+if TYPE_CHECKING:
+    from aegaeon.server.admin_client import AdminClient
 
 app = typer.Typer(
     name="aegaeon",
@@ -50,6 +53,72 @@ def serve(
         print(f"aegaeon serves {names} on {address}/v1", flush=True)
 
     launch.serve(pool, on_ready=ready)
+
+
+PoolOption = Annotated[
+    Path | None, typer.Option("--pool", metavar="POOL.YAML", help="Whose server is meant.")
+]
+SocketOption = Annotated[
+    Path | None, typer.Option("--socket", help="The server's admin socket. Default: found.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="The server's answer as JSON.")]
+ServedName = Annotated[str, typer.Argument(metavar="MODEL", help="The name that clients ask for.")]
+
+
+@app.command()
+def ps(pool: PoolOption = None, socket: SocketOption = None, as_json: JsonOption = False) -> None:
+    """Show the models of the running server: their state, requests and device memory."""
+    from aegaeon.server.tables import models_table
+
+    state = _admin(pool, socket).get("/admin/state")
+    if as_json:
+        print(json.dumps(state))
+    else:
+        Console().print(models_table(state))
+
+
+@app.command()
+def load(
+    model: ServedName,
+    pool: PoolOption = None,
+    socket: SocketOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Bring a model onto the device now, without a request."""
+    _order("load", model, pool, socket, as_json)
+
+
+@app.command()
+def unload(
+    model: ServedName,
+    pool: PoolOption = None,
+    socket: SocketOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Take an idle model off the device now; its next request brings it back."""
+    _order("unload", model, pool, socket, as_json)
+
+
+@app.command()
+def pin(
+    model: ServedName,
+    pool: PoolOption = None,
+    socket: SocketOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Bring a model onto the device and keep it there."""
+    _order("pin", model, pool, socket, as_json)
+
+
+@app.command()
+def unpin(
+    model: ServedName,
+    pool: PoolOption = None,
+    socket: SocketOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Let a pinned model make room for others again."""
+    _order("unpin", model, pool, socket, as_json)
 
 
 @app.command()
@@ -177,6 +246,25 @@ def check_config(pool_file: PoolFile) -> None:
 def config_schema() -> None:
     """Print the JSON schema of a pool file."""
     print(json.dumps(config.json_schema(), indent=2))
+
+
+def _admin(pool_file: Path | None, socket: Path | None) -> "AdminClient":
+    """The admin listener of the server that is meant: by its socket, its pool file, or found."""
+    from aegaeon.server.admin_client import AdminClient, find_admin_socket
+
+    if socket is None and pool_file is not None:
+        named = config.load_pool(pool_file).admin.socket
+        socket = None if named == "auto" else Path(named)
+    return AdminClient(socket or find_admin_socket())
+
+
+def _order(verb: str, model: str, pool: Path | None, socket: Path | None, as_json: bool) -> None:
+    with Console(stderr=True).status(f"{verb} {model}"):
+        done = _admin(pool, socket).order(verb, model)
+    if as_json:
+        print(json.dumps(done))
+    else:
+        print(f"{model}: {done['state']}{', pinned' if done['pinned'] else ''}")
 
 
 def _with_address(pool: config.PoolConfig, host: str | None, port: int | None) -> config.PoolConfig:

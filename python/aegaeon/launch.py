@@ -28,7 +28,7 @@ import aegaeon_kernels as ak
 from aegaeon import checkpoint
 from aegaeon.core import envs
 from aegaeon.core.config import PoolConfig, format_bytes
-from aegaeon.core.control import Channel, InstanceSpec
+from aegaeon.core.control import Channel, InstanceSpec, answered_error
 from aegaeon.core.errors import (
     AegaeonError,
     CapacityError,
@@ -39,6 +39,7 @@ from aegaeon.core.errors import (
 from aegaeon.core.serving import ServedModel
 from aegaeon.core.threads import in_daemon_thread
 from aegaeon.server.admin import admin_app
+from aegaeon.server.admin_client import RUNTIME_DIR_PREFIX, SOCKET_NAME, is_answered
 from aegaeon.server.app import Limits, Router
 from aegaeon.server.auth import ApiKeys
 
@@ -148,7 +149,7 @@ def serve(pool: PoolConfig, *, on_ready: Callable[[str], None] = print) -> None:
         api_keys = None if keys is None else ApiKeys(Path(keys))
         listener = _listen(pool.server.host, pool.server.port)
         stack.callback(listener.close)
-        runtime_dir = Path(tempfile.mkdtemp(prefix="aegaeon-"))
+        runtime_dir = Path(tempfile.mkdtemp(prefix=RUNTIME_DIR_PREFIX))
         stack.callback(shutil.rmtree, runtime_dir, ignore_errors=True)
         admin_listener = stack.enter_context(_unix_listener(_admin_socket_path(pool, runtime_dir)))
         instance = InstanceProcess(pool, runtime_dir)
@@ -221,10 +222,14 @@ class InstanceProcess:
             case {"event": "load_failed"}:
                 # Kept aside: the start may be waiting for an earlier model, not for this message.
                 self._failure = _load_error(message)
-            case {"answer": number, "value": value}:
+            case {"answer": number}:
                 future = self._answers.get(number)
-                if future is not None and not future.done():
-                    future.set_result(value)
+                if future is None or future.done():
+                    return
+                if "error" in message:
+                    future.set_exception(answered_error(message))
+                else:
+                    future.set_result(message["value"])
             case _:
                 self._loaded.put_nowait(message)
 
@@ -251,15 +256,20 @@ class InstanceProcess:
             task.cancel()
             death.cancel()
 
-    async def ask(self, question: str) -> Any:
-        """What the instance answers to `question`. Raises InstanceDied when it is gone."""
+    async def ask(
+        self, question: str, *, timeout_s: float | None = ANSWER_TIMEOUT_S, **arguments: Any
+    ) -> Any:
+        """What the instance answers to `question`.
+
+        Raises InstanceDied when it is gone, TimeoutError, and the error that it answers with.
+        """
         number = self._next_question
         self._next_question += 1
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._answers[number] = future
         try:
-            self._channel.send({"ask": question, "id": number})
-            return await asyncio.wait_for(future, ANSWER_TIMEOUT_S)
+            self._channel.send({"ask": question, "id": number, "with": arguments})
+            return await asyncio.wait_for(future, timeout_s)
         except (OSError, asyncio.CancelledError):
             if self._died.is_set():
                 raise self.death() from None
@@ -378,6 +388,9 @@ def _router(
     async def metrics() -> str:
         return generate_latest(REGISTRY).decode() + str(await instance.ask("metrics"))
 
+    async def states() -> dict[str, str]:
+        return {model["name"]: model["state"] for model in (await instance.ask("state"))["models"]}
+
     return Router(
         served,
         limits=Limits(
@@ -385,6 +398,7 @@ def _router(
             max_open_requests=pool.server.max_queued_requests,
         ),
         metrics=metrics,
+        states=states,
         alive=instance.alive,
         api_keys=api_keys,
     )
@@ -460,7 +474,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _admin_socket_path(pool: PoolConfig, runtime_dir: Path) -> Path:
-    return runtime_dir / "admin.sock" if pool.admin.socket == "auto" else Path(pool.admin.socket)
+    return runtime_dir / SOCKET_NAME if pool.admin.socket == "auto" else Path(pool.admin.socket)
 
 
 @contextmanager
@@ -470,7 +484,7 @@ def _unix_listener(path: Path) -> Iterator[socket.socket]:
     The file of a server that was killed is taken over; that of a running one is not.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        if path.is_socket() and not _is_answered(path):
+        if path.is_socket() and not is_answered(path):
             path.unlink()
         mask = os.umask(0o177)
         try:
@@ -485,8 +499,3 @@ def _unix_listener(path: Path) -> Iterator[socket.socket]:
             yield listener
         finally:
             path.unlink(missing_ok=True)
-
-
-def _is_answered(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        return probe.connect_ex(str(path)) == 0

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import yaml
 
 from aegaeon.core.errors import AegaeonError
+from aegaeon.server.admin_client import AdminClient
 
 STOP_TIMEOUT_S = 5.0
 
@@ -31,9 +31,7 @@ class LocalServer:
 
     def admin(self, path: str) -> Any:
         """The JSON answer of the admin listener to GET `path`."""
-        transport = httpx.HTTPTransport(uds=str(self.admin_socket))
-        with httpx.Client(transport=transport, base_url="http://admin", timeout=10) as client:
-            return client.get(path).raise_for_status().json()
+        return AdminClient(self.admin_socket).get(path)
 
 
 @contextmanager

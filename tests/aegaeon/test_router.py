@@ -48,11 +48,17 @@ def make_router(*models: ServedModel, alive: bool = True, **options: Any) -> Rou
     async def metrics() -> str:
         return "aegaeon_switches_total 3\n"
 
+    async def states() -> dict[str, str]:
+        if not alive:
+            raise InstanceDied("host", -9)
+        return {"a": "resident", "b": "host"}
+
     limits = options.pop("limits", Limits(max_body_bytes=1000, max_open_requests=2))
     return Router(
         models or (served("a", "alias-a"), served("b")),
         limits=limits,
         metrics=metrics,
+        states=states,
         alive=lambda: alive,
         **options,
     )
@@ -147,6 +153,15 @@ def test_models_are_listed_with_their_aliases():
     assert [card["id"] for card in listing["data"]] == ["a", "alias-a", "b"]
 
 
+@pytest.mark.parametrize(
+    ("alive", "states"),
+    [(True, ["resident", "resident", "host"]), (False, ["unknown"] * 3)],
+)
+def test_models_are_listed_with_their_state(alive, states):
+    listing = call(make_router(alive=alive), "GET", "/v1/models").json()
+    assert [card["state"] for card in listing["data"]] == states
+
+
 def test_one_model_is_described_and_an_unknown_one_is_a_404():
     assert call(make_router(), "GET", "/v1/models/alias-a").json()["id"] == "alias-a"
     assert call(make_router(), "GET", "/v1/models/c").status_code == 404
@@ -174,10 +189,14 @@ def test_metrics_of_an_instance_that_is_gone_are_a_503(error):
     async def metrics() -> str:
         raise error
 
+    async def gone() -> dict[str, str]:
+        raise error
+
     router = Router(
         [served("a")],
         limits=Limits(max_body_bytes=1000, max_open_requests=2),
         metrics=metrics,
+        states=gone,
         alive=lambda: False,
     )
     response = call(router, "GET", "/metrics")

@@ -326,3 +326,36 @@ def test_what_a_turn_asks_for_is_brought_in_after_the_switch_and_before_the_step
     loop.policy = Ahead()
     assert loop.run_turn()
     assert journal == ["switch to a", "prefetch b", "prefetch no room", "a"]
+
+
+def test_a_call_is_made_between_two_steps_and_cuts_the_turn_short():
+    journal: list[str] = []
+    engine = CountingEngine("a", 4, journal)
+    loop, _ = make_loop(8, engine)
+    step = engine.run_step
+
+    def step_and_call() -> bool:
+        if journal.count("a") == 1:
+            loop.between_steps(lambda: journal.append("call"))
+        return step()
+
+    engine.run_step = step_and_call  # type: ignore[method-assign]
+    loop.run_until_idle()
+    assert journal == ["switch to a", "a", "a", "call", "a", "a"]
+
+
+def test_what_a_call_raises_is_its_callers():
+    journal: list[str] = []
+    loop, _ = make_loop(8, CountingEngine("a", 2, journal))
+    failed = loop.between_steps(lambda: 1 // 0)
+    loop.run_until_idle()
+    assert isinstance(failed.exception(), ZeroDivisionError)
+    assert journal.count("a") == 2
+
+
+def test_a_call_that_comes_after_the_stop_is_cancelled():
+    loop, _ = make_loop(8, CountingEngine("a", 1, []))
+    loop.stop()
+    late = loop.between_steps(lambda: 1)
+    loop.run()
+    assert late.cancelled()

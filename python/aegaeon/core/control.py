@@ -11,6 +11,14 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from aegaeon.core.config import ModelConfig
+from aegaeon.core.errors import AegaeonError, OrderRefused, UnknownModel
+
+# How errors that the other side tells apart are named on the channel.
+_ERRORS: Mapping[str, type[AegaeonError]] = {
+    "unknown_model": UnknownModel,
+    "refused": OrderRefused,
+    "failed": AegaeonError,
+}
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,24 @@ class InstanceSpec:
     def from_message(cls, message: Mapping[str, Any]) -> "InstanceSpec":
         models = tuple(ModelConfig.model_validate(model) for model in message["models"])
         return cls(**{**message, "models": models})
+
+
+def answer(number: int, value: Any) -> dict[str, Any]:
+    """The message that answers the question `number`."""
+    return {"answer": number, "value": value}
+
+
+def failed_answer(number: int, error: BaseException) -> dict[str, Any]:
+    """The message that answers the question `number` with an error."""
+    kind = next(
+        kind for kind, known in _ERRORS.items() if isinstance(error, known) or kind == "failed"
+    )
+    return {"answer": number, "error": kind, "message": str(error) or repr(error)}
+
+
+def answered_error(message: Mapping[str, Any]) -> AegaeonError:
+    """The error of a failed answer, as the exception it was over there."""
+    return _ERRORS[message["error"]](message["message"])
 
 
 class Channel:

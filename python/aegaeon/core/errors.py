@@ -57,6 +57,17 @@ class CapacityError(AegaeonError):
         return rebuild, (str(self),)
 
 
+class UnknownModel(AegaeonError):
+    """An order names a model that the pool does not have. Handled by the admin listener: 404."""
+
+
+class OrderRefused(AegaeonError):
+    """An order that cannot be carried out as things are: pinned, busy, no room.
+
+    Nothing has changed. Handled by the admin listener: 409, with the reason.
+    """
+
+
 class InstanceDied(AegaeonError):
     """The engine process ended while requests were open.
 

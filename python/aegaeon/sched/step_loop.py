@@ -6,9 +6,12 @@ and a residency by their Protocols only, so the tests drive it with arithmetic a
 
 import logging
 import threading
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from aegaeon.core.clock import Clock
 from aegaeon.core.config import Slo
@@ -78,6 +81,7 @@ class StepLoop:
         self._entries: dict[str, _Entry] = {}
         self._last: str | None = None
         self._stop = False
+        self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
 
     def add(self, engine: Engine, *, slo: Slo | None = None, priority: int = 0) -> None:
         """Host one more engine; `priority` is added to that of its requests.
@@ -92,6 +96,20 @@ class StepLoop:
     def engines(self) -> Iterable[Engine]:
         return (entry.engine for entry in self._entries.values())
 
+    def loads(self) -> dict[str, EngineLoad]:
+        """Open requests of every engine in service. Callable from any thread."""
+        return {name: entry.engine.load() for name, entry in list(self._entries.items())}
+
+    def between_steps(self, function: Callable[[], Any]) -> Future[Any]:
+        """Have the loop's thread call `function` between two steps. Callable from any thread.
+
+        The future takes its result or its exception; it is cancelled if the loop stops before.
+        """
+        future: Future[Any] = Future()
+        self._calls.append((function, future))
+        self.wake.set()
+        return future
+
     def stop(self) -> None:
         """Make `run` return after the current step. Callable from any thread."""
         self._stop = True
@@ -104,6 +122,8 @@ class StepLoop:
             self.wake.clear()
             if not self.run_turn():
                 self.wake.wait(timeout=self._idle_s())
+        while self._calls:
+            self._calls.popleft()[1].cancel()
 
     def run_until_idle(self) -> None:
         """Loop until no engine has work; for offline generation."""
@@ -113,6 +133,7 @@ class StepLoop:
 
     def run_turn(self) -> bool:
         """One turn of one model. Returns False when no model could run."""
+        self._make_calls()
         self._poll()
         turn = self.policy.next_turn(self._state(), self.clock.now())
         if turn is None:
@@ -130,6 +151,18 @@ class StepLoop:
         """Whether `name` has open requests."""
         entry = self._entries.get(name)
         return entry is not None and entry.engine.load().num_unfinished > 0
+
+    def _make_calls(self) -> None:
+        while self._calls:
+            function, future = self._calls.popleft()
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                result = function()
+            except Exception as error:
+                future.set_exception(error)  # it is the caller's; the loop has no part in it
+            else:
+                future.set_result(result)
 
     def _poll(self) -> None:
         for entry in list(self._entries.values()):
@@ -234,7 +267,7 @@ class StepLoop:
             if load.num_waiting == 0:
                 step_s = entry.last_run_s - began_s
                 self.costs.observe_step(entry.engine.name, load.num_running, step_s)
-            if self._stop or entry.last_run_s >= ends_s:
+            if self._stop or self._calls or entry.last_run_s >= ends_s:
                 return
             entry.engine.poll()
             began_s, load = self.clock.now(), entry.engine.load()

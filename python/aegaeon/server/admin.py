@@ -1,28 +1,178 @@
-"""The admin listener's application: what the instance is doing. Never on the public address."""
+"""The admin listener's application: what the instance does, and orders to it. Never on the public
+address.
+"""
 
-from collections.abc import Awaitable, Callable
-from typing import Any
+import asyncio
+import json
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Protocol
 
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from aegaeon.core.errors import AegaeonError, OrderRefused, UnknownModel
+from aegaeon.server.errors import error_response
 
-def admin_app(ask: Callable[[str], Awaitable[Any]]) -> Starlette:
-    """Routes over `ask(question)`, which the instance answers."""
+VERBS = ("load", "unload", "pin", "unpin")
+_INTERVAL_S = (0.1, 60.0)
 
-    async def state(request: Request) -> JSONResponse:
-        """Models, their residency, who holds the arena, totals."""
+
+class Ask(Protocol):
+    """A question or an order to the instance, and its answer.
+
+    timeout_s: None waits for as long as the instance lives; without it a few seconds.
+    Raises InstanceDied when it is gone, TimeoutError, UnknownModel, OrderRefused, AegaeonError.
+    """
+
+    async def __call__(
+        self, question: str, *, timeout_s: float | None = ..., **arguments: Any
+    ) -> Any: ...
+
+
+def admin_app(ask: Ask) -> Starlette:
+    """Routes over the instance that `ask` reaches."""
+
+    async def state(request: Request) -> Response:
+        """Models, their residency and queues, who holds the arena, totals."""
         return JSONResponse(await ask("state"))
 
-    async def switches(request: Request) -> JSONResponse:
+    async def switches(request: Request) -> Response:
         """The last switches with their times and bytes, oldest first."""
         return JSONResponse(await ask("switches"))
+
+    async def events(request: Request) -> Response:
+        """The state, and the switches since the last time, every `interval_s`, as SSE."""
+        interval_s = _number(request, "interval_s", 1.0)
+        # Asked for once before the answer begins: an instance that is gone is a status.
+        first = await _snapshot(ask, None)
+        return StreamingResponse(
+            _events(ask, first, interval_s),
+            media_type="text/event-stream",
+            headers={"Cache-Control": "no-store"},
+        )
+
+    async def order(request: Request) -> Response:
+        """Have the instance load, unload, pin or unpin a model, between two steps."""
+        verb = request.url.path.rpartition("/")[2]
+        name = request.path_params["name"]
+        return JSONResponse(await ask(verb, timeout_s=None, model=name))
+
+    async def sleep(request: Request) -> Response:
+        """vLLM's: here the model leaves the device; its next request brings it back."""
+        level = request.query_params.get("level", "1")
+        if level not in ("0", "1", "2"):
+            raise HTTPException(400, f"level: got {level!r}; expected 0, 1 or 2")
+        await ask("unload", timeout_s=None, model=await _model(request, ask))
+        return JSONResponse({"status": "sleeping", "level": int(level)})
+
+    async def wake_up(request: Request) -> Response:
+        """vLLM's: the model is brought onto the device, whatever `tags` say."""
+        await ask("load", timeout_s=None, model=await _model(request, ask))
+        return JSONResponse({"status": "awake", "tags": request.query_params.getlist("tags")})
+
+    async def is_sleeping(request: Request) -> Response:
+        name = await _model(request, ask)
+        models = (await ask("state"))["models"]
+        found = next((model for model in models if model["name"] == name), None)
+        if found is None:
+            names = ", ".join(model["name"] for model in models)
+            raise UnknownModel(f"the model {name!r} does not exist; this server has: {names}")
+        return JSONResponse({"is_sleeping": found["state"] != "resident"})
 
     return Starlette(
         routes=[
             Route("/admin/state", state, methods=["GET"]),
             Route("/admin/switches", switches, methods=["GET"]),
-        ]
+            Route("/admin/events", events, methods=["GET"]),
+            *(
+                Route(f"/admin/models/{{name:path}}/{verb}", order, methods=["POST"])
+                for verb in VERBS
+            ),
+            Route("/sleep", sleep, methods=["POST"]),
+            Route("/wake_up", wake_up, methods=["POST"]),
+            Route("/is_sleeping", is_sleeping, methods=["GET"]),
+        ],
+        exception_handlers={
+            HTTPException: _http_error,
+            AegaeonError: _own_error,
+            TimeoutError: _no_answer,
+        },
+    )
+
+
+async def _model(request: Request, ask: Ask) -> str:
+    """The query's `model`; without one the pool's only model."""
+    name = request.query_params.get("model")
+    if name is not None:
+        return name
+    models: Sequence[dict[str, Any]] = (await ask("state"))["models"]
+    if len(models) != 1:
+        names = ", ".join(model["name"] for model in models)
+        raise HTTPException(400, f"the query must name a model, as in ?model=NAME; one of: {names}")
+    return str(models[0]["name"])
+
+
+def _number(request: Request, name: str, default: float) -> float:
+    low, high = _INTERVAL_S
+    given = request.query_params.get(name, str(default))
+    try:
+        value = float(given)
+    except ValueError:
+        value = -1.0
+    if not low <= value <= high:
+        raise HTTPException(400, f"{name}: got {given!r}; expected {low:g} to {high:g}")
+    return value
+
+
+async def _snapshot(ask: Ask, since: float | None) -> dict[str, Any]:
+    return {"state": await ask("state"), "switches": await ask("switches", since=since)}
+
+
+async def _events(ask: Ask, first: dict[str, Any], interval_s: float) -> AsyncIterator[str]:
+    snapshot, since = first, None
+    while True:
+        if snapshot["switches"]:
+            since = snapshot["switches"][-1]["at"]
+        yield f"event: snapshot\ndata: {json.dumps(snapshot)}\n\n"
+        await asyncio.sleep(interval_s)
+        try:
+            snapshot = await _snapshot(ask, since)
+        except (AegaeonError, TimeoutError) as error:
+            reason = str(error) or "the instance does not answer"
+            yield f"event: error\ndata: {json.dumps({'message': reason})}\n\n"
+            snapshot = {"state": None, "switches": []}
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if error.status_code in (404, 405) and not error.detail.startswith("the "):
+        detail = f"there is no {request.method} {request.url.path}"
+    else:
+        detail = error.detail
+    code = "not_found" if error.status_code == 404 else None
+    return error_response(error.status_code, detail, code=code)
+
+
+async def _own_error(request: Request, error: Exception) -> Response:
+    if isinstance(error, UnknownModel):
+        return error_response(
+            404, str(error), type="not_found_error", code="model_not_found", param="model"
+        )
+    if isinstance(error, OrderRefused):
+        return error_response(409, str(error), type="conflict_error", code="refused")
+    return error_response(
+        503, str(error), type="server_error", code="instance_down", retry_after_s=1
+    )
+
+
+async def _no_answer(request: Request, error: Exception) -> Response:
+    return error_response(
+        503,
+        "the instance does not answer",
+        type="server_error",
+        code="instance_down",
+        retry_after_s=1,
     )

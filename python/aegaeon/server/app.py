@@ -67,6 +67,7 @@ class Router:
 
     models: in the pool's order.
     metrics: the exposition text of `/metrics`.
+    states: the state of each model, by name.
     alive: whether the instance behind the models is running.
     """
 
@@ -76,6 +77,7 @@ class Router:
         *,
         limits: Limits,
         metrics: Callable[[], Awaitable[str]],
+        states: Callable[[], Awaitable[Mapping[str, str]]],
         alive: Callable[[], bool],
         api_keys: ApiKeys | None = None,
     ) -> None:
@@ -86,6 +88,7 @@ class Router:
                 self._by_name[name] = model
         self._limits = limits
         self._metrics = metrics
+        self._states = states
         self._alive = alive
         self._api_keys = api_keys
         self._open_requests = dict.fromkeys((model.name for model in self._models), 0)
@@ -200,7 +203,15 @@ class Router:
             return _instance_down()
 
     async def _cards(self) -> list[dict[str, Any]]:
-        return [card for model in self._models for card in await model.cards()]
+        try:
+            states = await self._states()
+        except (AegaeonError, TimeoutError):
+            states = {}  # the models are still those of the pool; their state is what nobody knows
+        return [
+            {**card, "state": states.get(model.name, "unknown")}
+            for model in self._models
+            for card in await model.cards()
+        ]
 
     async def _card(self, name: str) -> Response:
         for card in await self._cards():

@@ -287,6 +287,34 @@ class Switcher:
             )
         )
 
+    def evict(self, name: str) -> None:
+        """Take all of `name` off the device; its KV goes to the host, or when that has no room is
+        dropped. Raises SwitchFailed when a driver call or a copy failed; all is then as before, as
+        far as the device allows.
+        """
+        units = [(self._models[name], unit) for unit in self._models[name].units]
+        drop = tuple(
+            index
+            for index, (_, unit) in enumerate(units)
+            if isinstance(unit, KVUnit)
+            and not self.kv_store.fits([(unit.slot_bytes, unit.num_new_slots())], [])
+        )
+        self._make_room_on_host(units, ActivationPlan(evict=(), bring_in=(), drop=drop))
+        victims = [unit for _, unit in units]
+        evicted: list[Unit] = []
+        self._mark({name}, ModelState.EVICTING)
+        try:
+            self.quiesce()
+            self.totals.bytes_out += self._save(victims)
+            for unit in victims:
+                unit.unmap()
+                evicted.append(unit)
+        except ak.Error as error:
+            self._undo((), evicted)
+            raise SwitchFailed(f"could not evict {name!r}: {error}") from error
+        finally:
+            self._mark({name}, None)
+
     def prefetch(self, name: str) -> bool:
         """Begin to bring in the weights of `name` while the current model goes on.
 

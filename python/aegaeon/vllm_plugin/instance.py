@@ -12,7 +12,10 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -21,12 +24,14 @@ import aegaeon_kernels as ak
 from aegaeon.core import envs
 from aegaeon.core.clock import MonotonicClock
 from aegaeon.core.config import ModelConfig
-from aegaeon.core.control import Channel, InstanceSpec
+from aegaeon.core.control import Channel, InstanceSpec, answer, failed_answer
 from aegaeon.core.errors import AegaeonError, ConfigError
 from aegaeon.sched.policies import make_policy
 from aegaeon.sched.step_loop import StepLoop
 from aegaeon.switching.image_cache import ImageCache
 from aegaeon.switching.metrics import SwitchMetrics
+from aegaeon.switching.orders import ORDERS, carry_out
+from aegaeon.switching.snapshot import describe, records_of, state_of
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +45,7 @@ class Instance:
 
         host_bytes = spec.device_memory_bytes if spec.device == "host" else None
         device = ak.Device(spec.device, memory_bytes=host_bytes)
-        clock = MonotonicClock()
+        self.clock = clock = MonotonicClock()
         self._spec = spec
         self._device = device
         self.runtime_dir = spec.runtime_dir
@@ -85,50 +90,21 @@ class Instance:
 
     def state(self) -> dict[str, Any]:
         """A snapshot for the admin interface; callable from any thread."""
-        stats = self.switcher.arena.stats()
-        totals = self.switcher.totals
         return {
-            "current": self.switcher.current,
-            "models": [
-                {
-                    "name": name,
-                    "state": memory.state.value,
-                    "pinned": memory.pinned,
-                    "units": [
-                        {
-                            "tag": unit.tag,
-                            "size_bytes": unit.size_bytes,
-                            "mapped_bytes": unit.mapped_bytes,
-                        }
-                        for unit in memory.units
-                    ],
-                }
-                for name, memory in self.switcher.models.items()
-            ],
-            "arena": {
-                "capacity_bytes": stats.capacity_bytes,
-                "free_bytes": stats.free_bytes,
-                "held": [
-                    {"owner": owner, "tag": tag, "bytes": num_bytes}
-                    for (owner, tag), num_bytes in stats.owners.items()
-                ],
-            },
-            "switches": {
-                "hot": totals.hot,
-                "warm": totals.warm,
-                "failed": totals.failed,
-                "bytes_in": totals.bytes_in,
-                "bytes_out": totals.bytes_out,
-                "dropped_blocks": totals.dropped_blocks,
-                "recomputed_requests": totals.recomputed_requests,
-            },
-            "host_kv": asdict(self.switcher.kv_store.stats()),
+            **state_of(self.switcher, self.clock, self.loop.loads()),
             "loop": asdict(self.loop.counters),
         }
 
-    def switch_records(self) -> list[dict[str, Any]]:
-        """The last switches, oldest first; callable from any thread."""
-        return [asdict(record) for record in list(self.switcher.records)]
+    def switch_records(self, since: float | None = None) -> list[dict[str, Any]]:
+        """The last switches, oldest first; callable from any thread.
+
+        since: only those that began later, on the clock of `now` in the state.
+        """
+        return records_of(self.switcher, since)
+
+    def order(self, order: str, model: str) -> "Future[Any]":
+        """Have the step loop carry out `order`; takes the model's description afterwards."""
+        return self.loop.between_steps(lambda: describe(carry_out(self.switcher, order, model)))
 
 
 def run(spec: InstanceSpec, control: Channel) -> int:
@@ -165,22 +141,36 @@ def run(spec: InstanceSpec, control: Channel) -> int:
 
 def _serve_control(instance: Instance, control: Channel) -> None:
     """Answer the launcher's questions; when it is gone, end the process."""
-    answers: dict[str, Callable[[], Any]] = {
+    answers: dict[str, Callable[..., Any]] = {
         "state": instance.state,
         "switches": instance.switch_records,
         "metrics": instance.metrics.exposition,
     }
     try:
         while (message := control.receive()) is not None:
-            if message["ask"] == "stop":
+            question, arguments = message["ask"], message.get("with", {})
+            if question == "stop":
                 instance.loop.stop()
-                continue
-            control.send({"answer": message["id"], "value": answers[message["ask"]]()})
+            elif question in ORDERS:
+                done = instance.order(question, **arguments)
+                done.add_done_callback(partial(_report, control, message["id"]))
+            else:
+                control.send(answer(message["id"], answers[question](**arguments)))
     except OSError:
         pass  # it went away between the question and the answer
     finally:
         # Also after an answer that raised: without this thread nobody could stop the process.
         _end_now(instance.runtime_dir)
+
+
+def _report(control: Channel, number: int, done: "Future[Any]") -> None:
+    if done.cancelled():  # the process ends, which is answer enough
+        return
+    error = done.exception()
+    with suppress(OSError):  # the launcher is gone: the control thread ends the process
+        control.send(
+            answer(number, done.result()) if error is None else failed_answer(number, error)
+        )
 
 
 def _end_now(runtime_dir: str) -> None:
