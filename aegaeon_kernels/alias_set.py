@@ -5,18 +5,17 @@ This module knows owners' names and addresses, not what is stored in the slot.
 
 from __future__ import annotations
 
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from aegaeon_kernels import _C
-from aegaeon_kernels._closing import close_after
+from aegaeon_kernels._closing import ClosedOnExit
 from aegaeon_kernels.contents import Contents, native_contents
 
 if TYPE_CHECKING:
     from aegaeon_kernels.arena import Arena, Region
 
 
-class AliasSet:
+class AliasSet(ClosedOnExit):
     """Regions of equal size that share one slot of memory, each mapped at its own address.
 
     Made by Arena.alias_set(). The slot belongs to one owner, in the arena's books too; give() makes
@@ -62,17 +61,6 @@ class AliasSet:
         close() may be called again.
         """
         self._set.close(abandon_views=abandon_views)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        close_after(error, self.close)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.arena!r}, owner={self.owner!r})"

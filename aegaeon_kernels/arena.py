@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Self
 
 from aegaeon_kernels import _C
-from aegaeon_kernels._closing import close_after
+from aegaeon_kernels._closing import ClosedOnExit
 from aegaeon_kernels.alias_set import AliasSet
 from aegaeon_kernels.contents import Contents, native_contents
 from aegaeon_kernels.errors import Shortage
@@ -188,7 +188,7 @@ class Transaction:
             self._arena.commit(self.steps)
 
 
-class Arena:
+class Arena(ClosedOnExit):
     """The physical memory of a device as handles that are created once and move between regions.
 
     capacity_bytes: most it will ever hold; a multiple of the device's granularity. Nothing is
@@ -324,22 +324,11 @@ class Arena:
         """
         self._arena.close(abandon_views=abandon_views)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        close_after(error, self.close)
-
     def __repr__(self) -> str:
         return f"Arena({self.device.name!r}, capacity_bytes={self.capacity_bytes})"
 
 
-class Region(MemoryViews):
+class Region(ClosedOnExit, MemoryViews):
     """A stable virtual range of an arena. Physical memory comes with map() and goes with unmap().
 
     Made by Arena.reserve(). Sizes and offsets are bytes, multiples of the device's granularity.
@@ -496,17 +485,6 @@ class Region(MemoryViews):
             before_unmap=bound(before_unmap), after_map=bound(after_map)
         )
         return Hooks(self._region, hook_id)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        close_after(error, self.close)
 
     def __repr__(self) -> str:
         return (

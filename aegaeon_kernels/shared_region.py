@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from aegaeon_kernels import _C
-from aegaeon_kernels._closing import close_after
+from aegaeon_kernels._closing import ClosedOnExit
 from aegaeon_kernels.views import MemoryViews
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ def _parse_layout(text: bytes) -> tuple[str, int, list[tuple[int, int]]]:
     raise ValueError(f"not the layout of SharedHandles: {text[:200]!r}")
 
 
-class SharedRegion(MemoryViews):
+class SharedRegion(ClosedOnExit, MemoryViews):
     """The memory of a region of another process, at an address of this one.
 
     The same bytes, at once visible on both sides; who may write when is for the two to agree on. It
@@ -221,17 +221,6 @@ class SharedRegion(MemoryViews):
         close() may be called again.
         """
         self._region.close(abandon_views=abandon_views)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        close_after(error, self.close)
 
     def __repr__(self) -> str:
         return (
