@@ -5,7 +5,7 @@ from typing import Any
 
 import httpx
 import pytest
-from test_switcher import KV, WEIGHTS, assert_every_live_block_is_somewhere, make_switcher
+from switcher_support import KV, WEIGHTS, assert_every_live_block_is_somewhere, make_switcher
 
 from aegaeon.core.clock import MonotonicClock
 from aegaeon.core.errors import InstanceDied, OrderRefused
