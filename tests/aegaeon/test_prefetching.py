@@ -27,6 +27,7 @@ def test_what_is_prefetched_is_not_loaded_again():
         time.sleep(0.001)
     assert switcher.prefetch("b")  # nothing more to do
     switcher.activate("b")
+    assert switcher.prefetcher.stats().load.bytes == 2 * WEIGHTS  # those of a, and once those of b
     b.assert_intact()
     record = switcher.records[-1]
     assert (record.path, record.bytes_in, record.bytes_ahead) == ("warm", WEIGHTS, WEIGHTS)

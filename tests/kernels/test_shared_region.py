@@ -282,3 +282,23 @@ def test_what_is_not_shared_handles_is_refused(sent: bytes, error: type[Exceptio
         theirs.shutdown(socket.SHUT_WR)
         with pytest.raises(error):
             ak.SharedHandles.receive(ours)
+
+
+def test_more_descriptors_than_one_message_takes_arrive_in_order() -> None:
+    num_handles = 300  # Linux takes 253 a message
+    with ak.Arena(
+        ak.Device("host", memory_bytes=num_handles * GRANULE),
+        capacity_bytes=num_handles * GRANULE,
+        handle_bytes=GRANULE,
+        exportable=True,
+    ) as arena:
+        region = arena.reserve(num_handles * GRANULE, owner="a")
+        region.map()
+        ours, theirs = socket.socketpair()
+        with ours, theirs, region.export_handles() as sent:
+            sent.send(ours)
+            with ak.SharedHandles.receive(theirs) as received:
+                assert received.ranges == sent.ranges
+                assert [os.fstat(fd).st_ino for fd in received.fds] == [
+                    os.fstat(fd).st_ino for fd in sent.fds
+                ]

@@ -242,3 +242,16 @@ def test_an_error_on_its_way_is_not_replaced(host: FaultyDevice) -> None:
     region.close()
     arena.close()
     assert host.live == {}
+
+
+def test_a_block_that_ends_well_is_not_left_quietly_while_a_view_is_alive(
+    host: FaultyDevice,
+) -> None:
+    arena = ak.Arena(host, capacity_bytes=SIZE)
+    region = arena.reserve(SIZE, owner="a")
+    region.map()
+    view = region.numpy((4,), "u1")
+    with pytest.raises(ak.LifecycleError, match="1 view"), region:
+        assert view.shape == (4,)
+    del view
+    arena.close()
