@@ -9,10 +9,10 @@ from pathlib import Path
 
 import aegaeon_kernels as ak
 
-# Without this mypy reads all of torch, and misses stubs of triton, to check a file without either.
+# Without this mypy reads all of torch, and misses stubs of triton and cupy, which may not be there.
 MYPY_CONFIG = """
 [mypy]
-[mypy-torch.*,triton.*,numpy.*]
+[mypy-torch.*,triton.*,numpy.*,cupy.*]
 follow_imports = skip
 follow_imports_for_stubs = true
 ignore_missing_imports = true
