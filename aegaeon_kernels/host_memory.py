@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
 
 from aegaeon_kernels import _C
+from aegaeon_kernels._closing import ClosedOnExit
 from aegaeon_kernels.arena import Device
 
 # Best first.
@@ -61,7 +60,7 @@ class HostPoolStats:
     holders: Mapping[str, int]  # by the name of the image
 
 
-class HostPool:
+class HostPool(ClosedOnExit):
     """Host memory for images, page-locked for a CUDA device before the first of them comes.
 
     Locking pages is slow and stops other users of the driver, so that all of it happens here: in
@@ -143,17 +142,6 @@ class HostPool:
         Raises LifecycleError, which says who they are, while there are images in it.
         """
         self._pool.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         stats = self.stats()

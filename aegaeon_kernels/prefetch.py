@@ -10,11 +10,11 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from types import TracebackType
-from typing import Final, Self, TypeAlias, cast
+from typing import Final, TypeAlias, cast
 
 from aegaeon_kernels import _C
 from aegaeon_kernels._C import TicketState
+from aegaeon_kernels._closing import ClosedOnExit
 from aegaeon_kernels._streams import StreamLike, stream_handle
 from aegaeon_kernels.arena import Device, Region
 from aegaeon_kernels.errors import Error
@@ -247,7 +247,7 @@ class PrefetchStats:
     store: DirectionStats
 
 
-class Prefetcher:
+class Prefetcher(ClosedOnExit):
     """Copies in the background, most urgent first: one native thread, one stream per direction.
 
     chunk_bytes: a transfer is cut into chunks of at most this; between two chunks the most urgent
@@ -387,17 +387,6 @@ class Prefetcher:
         may be called again.
         """
         self._prefetcher.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _flattened(order: Order | None) -> tuple[list[tuple[int, int, int]] | None, list[int] | None]:

@@ -288,6 +288,18 @@ def test_a_view_keeps_its_part_of_the_pool(host: FaultyDevice) -> None:
     assert host.live == {}
 
 
+def test_an_error_on_its_way_is_not_hidden_behind_an_image_that_is_left(host: FaultyDevice) -> None:
+    pool = ak.HostPool(host, MIB)
+    array = np.frombuffer(ak.HostImage.allocate(MIB, pool=pool, name="left"), np.uint8)
+    with pytest.raises(ZeroDivisionError) as caught, pool:
+        raise ZeroDivisionError
+    assert any("'left' 1 MiB" in note for note in caught.value.__notes__)
+    assert array.size == MIB
+    del array
+    pool.close()
+    assert host.live == {}
+
+
 def test_a_closed_pool_gives_nothing(host: FaultyDevice) -> None:
     pool = ak.HostPool(host, MIB)
     pool.close()
