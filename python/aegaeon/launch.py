@@ -391,6 +391,12 @@ def _router(
     async def states() -> dict[str, str]:
         return {model["name"]: model["state"] for model in (await instance.ask("state"))["models"]}
 
+    async def admit(model: str, prompt_tokens: int, ttft_ms: float | None) -> float:
+        answer = await instance.ask(
+            "admit", model=model, prompt_tokens=prompt_tokens, ttft_ms=ttft_ms
+        )
+        return float(answer)
+
     return Router(
         served,
         limits=Limits(
@@ -400,6 +406,7 @@ def _router(
         metrics=metrics,
         states=states,
         alive=instance.alive,
+        admit=admit if pool.scheduler.admission == "deadline" else None,
         api_keys=api_keys,
     )
 

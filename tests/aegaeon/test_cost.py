@@ -38,3 +38,12 @@ def test_switches_are_learned_from_bytes_and_a_hot_one_teaches_nothing():
         costs.observe_switch(0, 5.0)
     assert costs.switch_s(2_000_000_000) == pytest.approx(0.11, rel=0.02)
     assert costs.link_bytes_per_s == pytest.approx(20e9, rel=0.02)
+
+
+def test_prefills_are_learned_from_their_tokens():
+    costs = CostModel()
+    for i in range(200):
+        tokens = 100 * (1 + i % 8)
+        costs.observe_prefill("m", tokens, 0.03 + tokens * 1e-4)
+    assert costs.prefill_s("m", 1000) == pytest.approx(0.13, rel=0.02)
+    assert costs.prefill_s("other", 1000) == CostModel().prefill_s("other", 1000)

@@ -23,6 +23,7 @@ def unit(
     busy: bool = False,
     needs_host: bool = False,
     holds_host: bool = False,
+    order: int = 0,
 ) -> UnitView:
     return UnitView(
         model=model,
@@ -37,6 +38,7 @@ def unit(
         needs_host=needs_host,
         holds_host=holds_host,
         droppable=tag == "kv",
+        order=order,
     )
 
 
@@ -67,6 +69,18 @@ def test_the_cheapest_to_bring_back_goes_first():
 def test_the_least_recently_used_goes_first_at_equal_cost():
     units = [unit("a", used=3.0), unit("b", used=1.0), unit("c", mapped=False)]
     assert plan(units, "c", free=0).evict == (1,)
+
+
+def test_a_given_order_comes_before_the_last_use_and_after_the_cost():
+    units = [
+        unit("a", used=3.0, order=-1),
+        unit("b", used=1.0),
+        unit("c", used=2.0, cost=0, order=5),
+        unit("d", mapped=False),
+    ]
+    assert plan(units, "d", free=0).evict == (2,)
+    del units[2]
+    assert plan(units, "d", free=0).evict == (0,)
 
 
 def test_idle_models_go_before_busy_ones():

@@ -9,7 +9,7 @@ import httpx
 import pytest
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from aegaeon.core.errors import ConfigError, InstanceDied
@@ -347,3 +347,77 @@ def test_the_models_own_error_body_is_passed_on():
     response = call(router, "POST", CHAT, json={"model": "a"})
     assert response.status_code == 400
     assert json.loads(response.text) == {"error": {"message": "too long"}}
+
+
+def chat(router: Router, headers: dict[str, str] | None = None, **body: Any) -> httpx.Response:
+    return call(router, "POST", CHAT, headers=headers, json={"model": "a", **body})
+
+
+def test_the_slo_headers_reach_the_model_as_arguments_of_its_own():
+    headers = {"x-slo-ttft-ms": "500", "X-SLO-TPOT-MS": "20.5"}
+    seen = chat(make_router(), headers, vllm_xargs={"other": 1, "slo_ttft_ms": 9}, x="ü")
+    assert seen.json()["body"] == {
+        "model": "a",
+        "x": "ü",
+        "vllm_xargs": {"other": 1, "slo_ttft_ms": 500.0, "slo_tpot_ms": 20.5},
+    }
+
+
+def test_a_large_body_keeps_all_it_has_beside_the_slo():
+    limits = Limits(max_body_bytes=1 << 20, max_open_requests=2)
+    seen = chat(make_router(limits=limits), {"x-slo-tpot-ms": "20"}, text="ü" * 100_000)
+    assert seen.json()["body"] == {
+        "model": "a",
+        "text": "ü" * 100_000,
+        "vllm_xargs": {"slo_tpot_ms": 20.0},
+    }
+
+
+def test_half_a_surrogate_pair_is_handed_on_as_it_came():
+    async def raw(request: Request) -> Response:
+        return Response(await request.body())
+
+    model = served("a", app=Starlette(routes=[Route(CHAT, raw, methods=["POST"])]))
+    body = b'{"model": "a", "x": "\\ud800"}'
+    response = call(make_router(model), "POST", CHAT, content=body, headers={"x-slo-tpot-ms": "20"})
+    assert b'"x": "\\ud800"' in response.content
+    assert int(response.headers["content-length"]) == len(response.content)
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "soon", "", "1e400"])
+def test_an_slo_that_is_no_time_is_refused(value):
+    response = chat(make_router(), {"x-slo-ttft-ms": value})
+    assert response.status_code == 400
+    error = error_of(response)
+    assert (error["code"], error["param"]) == ("invalid_slo", "x-slo-ttft-ms")
+
+
+@pytest.mark.parametrize("value", [0, True, [1], "x", 10**400])
+def test_an_slo_in_the_body_that_is_no_time_is_refused(value):
+    response = chat(make_router(), vllm_xargs={"slo_tpot_ms": value})
+    assert response.status_code == 400
+    assert error_of(response)["param"] == "slo_tpot_ms"
+
+
+def test_a_request_that_would_be_late_is_told_when_to_come_back():
+    asked: list[tuple[str, int, float | None]] = []
+
+    async def admit(model: str, prompt_tokens: int, ttft_ms: float | None) -> float:
+        asked.append((model, prompt_tokens, ttft_ms))
+        return 2.3 if ttft_ms == 100.0 else 0.0
+
+    router = make_router(admit=admit)
+    assert chat(router).status_code == 200
+    refused = chat(router, {"x-slo-ttft-ms": "100"})
+    assert refused.status_code == 429
+    assert refused.headers["retry-after"] == "3"
+    assert error_of(refused)["code"] == "deadline_cannot_be_met"
+    assert [(model, ttft_ms) for model, _, ttft_ms in asked] == [("a", None), ("a", 100.0)]
+    assert all(0 < tokens < 20 for _, tokens, _ in asked)
+
+
+def test_an_instance_that_does_not_answer_refuses_nobody():
+    async def admit(model: str, prompt_tokens: int, ttft_ms: float | None) -> float:
+        raise TimeoutError
+
+    assert chat(make_router(admit=admit)).status_code == 200

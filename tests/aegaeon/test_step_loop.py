@@ -1,5 +1,6 @@
 """The step loop and round robin, on engines made of arithmetic."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aegaeon.core.clock import ManualClock
+from aegaeon.core.config import Slo
 from aegaeon.core.engine import EngineLoad, EngineRequest
 from aegaeon.core.errors import AegaeonError
 from aegaeon.sched.policies import POLICIES, make_policy
@@ -68,6 +70,7 @@ class JournalResidency:
     journal: list[str]
     failures: dict[str, int] = field(default_factory=dict)
     current: str | None = None
+    evict_first: tuple[str, ...] = ()
 
     def is_resident(self, name: str) -> bool:
         return name == self.current
@@ -75,7 +78,8 @@ class JournalResidency:
     def missing_bytes(self, name: str) -> int:
         return 0 if name == self.current else 1000
 
-    def activate(self, name: str) -> None:
+    def activate(self, name: str, evict_first: Sequence[str] = ()) -> None:
+        self.evict_first = tuple(evict_first)
         if self.failures.get(name, 0) > 0:
             self.failures[name] -= 1
             raise AegaeonError("no room")
@@ -153,10 +157,10 @@ def test_an_unexpected_error_of_a_switch_ends_its_model_alone():
     loop, _ = make_loop(1, odd, CountingEngine("b", 2, journal))
     activate = loop.residency.activate
 
-    def activate_or_raise(name: str) -> None:
+    def activate_or_raise(name: str, evict_first: Sequence[str] = ()) -> None:
         if name == "a":
             raise ValueError("blocks outside the cache")
-        activate(name)
+        activate(name, evict_first)
 
     loop.residency.activate = activate_or_raise
     loop.run_until_idle()
@@ -359,3 +363,112 @@ def test_a_call_that_comes_after_the_stop_is_cancelled():
     late = loop.between_steps(lambda: 1)
     loop.run()
     assert late.cancelled()
+
+
+def test_the_victims_that_a_turn_names_are_handed_to_the_residency():
+    class Names:
+        def next_turn(self, state: PoolState, now: float) -> Turn | None:
+            return Turn("a", max_steps=1, evict_first=("c", "b"))
+
+    loop, _ = make_loop(1, CountingEngine("a", 2, []))
+    loop.policy = Names()
+    assert loop.run_turn()
+    assert loop.residency.evict_first == ("c", "b")
+
+
+@dataclass
+class PromptEngine:
+    """Prompts take `chunk` tokens a step and 1 ms each; a step after that 10 ms for all."""
+
+    clock: ManualClock
+    prompts: list[int]
+    tokens: int = 3
+    chunk: int = 1000
+    name: str = "a"
+
+    def __post_init__(self) -> None:
+        self.open = [[size, 0, 0] for size in self.prompts]  # prompt, computed, tokens
+
+    def poll(self) -> None: ...
+
+    def load(self) -> EngineLoad:
+        # As vLLM counts: what has been scheduled once is running, its prompt computed or not.
+        running = sum(computed > 0 for _, computed, _ in self.open)
+        return EngineLoad(running, len(self.open) - running)
+
+    def requests(self) -> list[EngineRequest]:
+        return [
+            EngineRequest(f"{i}", size, tokens, tokens > 0, ttft_ms=500.0 if i else None)
+            for i, (size, _, tokens) in enumerate(self.open)
+        ]
+
+    def has_work(self) -> bool:
+        return bool(self.open)
+
+    def run_step(self) -> bool:
+        left = self.chunk
+        for each in self.open:
+            size, computed, tokens = each
+            take = min(left, size - computed)
+            left -= take
+            each[1] += take
+            self.clock.advance(take * 1e-3)
+            if each[1] == size:
+                each[2] = tokens + 1
+        self.clock.advance(0.01)
+        self.open = [each for each in self.open if each[2] < self.tokens]
+        return True
+
+    def fail(self, error: BaseException) -> None:
+        raise error
+
+
+def loop_with_prompts(*prompts: int, chunk: int = 1000) -> StepLoop:
+    clock = ManualClock()
+    loop = StepLoop(policy=RoundRobin(100), residency=JournalResidency([]), clock=clock)
+    loop.add(PromptEngine(clock, list(prompts), chunk=chunk), slo=Slo(ttft_ms=2000.0, tpot_ms=50.0))
+    return loop
+
+
+def test_what_prompts_take_is_learned_apart_from_the_steps_after_them():
+    """Ten turns, each of two prompts in one step."""
+    loop = loop_with_prompts()
+    (engine,) = loop.engines
+    for size in (100, 200, 300, 400) * 10:
+        engine.open = [[size, 0, 0], [size, 0, 0]]
+        loop.run_until_idle()
+    assert loop.costs.prefill_s("a", 500) == pytest.approx(0.51, rel=0.02)
+    assert loop.costs.step_s("a", 2) == pytest.approx(0.01, rel=0.02)
+
+
+def test_a_prompt_in_pieces_is_neither_taken_for_a_step_nor_for_a_whole_prompt():
+    loop = loop_with_prompts(2500)
+    (engine,) = loop.engines
+    prefill_s = loop.costs.prefill_s("a", 500)
+    for _ in range(10):
+        engine.open = [[2500, 0, 0]]
+        loop.run_until_idle()
+    assert loop.costs.prefill_s("a", 500) == prefill_s
+    assert loop.costs.step_s("a", 1) == pytest.approx(0.01, rel=0.1)
+
+
+def test_a_request_is_due_by_its_own_slo_and_else_by_its_models():
+    states: list[PoolState] = []
+    loop = loop_with_prompts(10, 10)
+    one_by_one = RoundRobin(1)
+
+    class Watching:
+        def next_turn(self, state: PoolState, now: float) -> Turn | None:
+            states.append(state)
+            return one_by_one.next_turn(state, now)
+
+    loop.policy = Watching()
+    loop.run_turn()
+    assert states[0].models[0].work.first_due_s == 0.5  # the second one's
+    (engine,) = loop.engines
+    engine.open = [[10, 0, 0]]
+    loop.run_turn()
+    arrived_s = states[1].models[0].work.oldest_arrival_s
+    assert states[1].models[0].work.first_due_s == pytest.approx(arrived_s + 2.0)
+    assert loop.seen is not None
+    assert loop.seen[0] is states[-1]

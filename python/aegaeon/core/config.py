@@ -11,7 +11,7 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -188,6 +188,10 @@ class SchedulerConfig(_Strict):
     policy: str = Field(default="round-robin", json_schema_extra={"enum": list(POLICIES)})
     quantum: int = Field(default=8, ge=1)
     """Most engine steps of one model before another one with work has its turn."""
+    admission: Literal["none", "deadline"] = "none"
+    """deadline: a request whose first token is not expected in time is answered 429 at once, with a
+    `Retry-After` by the queue. none: all are let in.
+    """
 
     @field_validator("policy")
     @classmethod

@@ -4,7 +4,7 @@ Both sides are Protocols: vLLM's engine cores implement `Engine` in `aegaeon.vll
 tests implement it with a few lines of arithmetic, and neither inherits anything from here.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,7 +25,7 @@ class EngineLoad:
 class EngineRequest:
     """One open request of an engine. prefilled: its prompt is computed. priority: lower is first.
 
-    tokens_done: output tokens so far.
+    tokens_done: output tokens so far. ttft_ms, tpot_ms: its own SLO; None: the model's.
     """
 
     id: str
@@ -33,6 +33,8 @@ class EngineRequest:
     tokens_done: int
     prefilled: bool
     priority: int = 0
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
 
 
 class Engine(Protocol):
@@ -67,8 +69,10 @@ class Residency(Protocol):
     def missing_bytes(self, name: str) -> int:
         """What `activate` would copy in now; 0 when `name` is resident."""
 
-    def activate(self, name: str) -> None:
+    def activate(self, name: str, evict_first: Sequence[str] = ()) -> None:
         """Make `name` resident and current.
+
+        evict_first: models whose memory is taken in this order, where all else is equal.
 
         Raises an `AegaeonError` or an `aegaeon_kernels.Error` when it cannot; then every model
         is as it was, or at worst evicted with all its bytes safe on the host.

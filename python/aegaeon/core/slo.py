@@ -10,13 +10,30 @@ batch gets a token every step. A single token is a run of one.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+# How a request carries objectives of its own, in milliseconds: to the server as HTTP headers, from
+# there to the engine as vLLM's `vllm_xargs`, which a client may also send itself.
+SLO_HEADERS: Mapping[str, str] = {
+    "x-slo-ttft-ms": "slo_ttft_ms",
+    "x-slo-tpot-ms": "slo_tpot_ms",
+}
 # A request counts as on time when this share of its tokens is.
 REQUEST_SHARE = 0.99
 # Two sums of the same seconds may differ in the last bits; nothing real is this short.
 _EPSILON_S = 1e-9
+
+
+def objective_ms(value: object) -> float | None:
+    """A time above 0 in milliseconds, as a number or its decimal text; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return None
+    try:
+        milliseconds = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return milliseconds if 0 < milliseconds < math.inf else None
 
 
 @dataclass(frozen=True, slots=True)

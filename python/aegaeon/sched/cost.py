@@ -102,6 +102,7 @@ class CostModel:
     link_bytes_per_s: float = PCIE5_BYTES_PER_S * PUBLISHED_LINK_SHARE
     switch_s0: float = 0.0
     _steps: dict[str, LinearFit] = field(default_factory=dict)
+    _prefills: dict[str, LinearFit] = field(default_factory=dict)
     _switch: LinearFit | None = None
 
     def observe_step(self, model: str, num_requests: int, seconds: float) -> None:
@@ -113,6 +114,18 @@ class CostModel:
             self._steps[model] = fit
         fit.observe(num_requests, seconds)
         self.profiles[model] = replace(profile, step_s=fit.intercept, step_per_request_s=fit.slope)
+
+    def observe_prefill(self, model: str, num_tokens: int, seconds: float) -> None:
+        """One batch of prompts, `num_tokens` in sum and nothing else, took this long."""
+        profile = self.profiles.get(model, self.default)
+        fit = self._prefills.get(model)
+        if fit is None:
+            fit = LinearFit(profile.prefill_s, profile.prefill_per_token_s, typical_x=512.0)
+            self._prefills[model] = fit
+        fit.observe(num_tokens, seconds)
+        self.profiles[model] = replace(
+            profile, prefill_s=fit.intercept, prefill_per_token_s=fit.slope
+        )
 
     def observe_switch(self, missing_bytes: int, seconds: float) -> None:
         """A switch that brought in `missing_bytes` took this long; one without is not counted."""

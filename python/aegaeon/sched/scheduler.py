@@ -138,7 +138,8 @@ class Turn:
     step. A turn ends early when its work ends. A step of phase PREFILL computes the prompt of one
     request, the oldest; of DECODE one token of each prefilled request; BOTH is the engine's choice.
     prefetch: models to bring in meanwhile, most urgent first. evict_first: victims, if any are
-    needed, in this order before all others. admit, refuse: ids of requests in `state.arrived`.
+    needed, in this order among those that cost the same to bring back, and before those not named.
+    admit, refuse: ids of requests in `state.arrived`.
     """
 
     model: str

@@ -67,6 +67,7 @@ class StepLoop:
     wake: set it (from any thread) when an engine may have got something to poll.
     costs: learns from every step and switch what they take.
     recoverable: exceptions of `activate` after which everything is as before and a retry helps.
+    seen: the state that the policy was asked with last, and when. Readable from any thread.
     """
 
     policy: Policy
@@ -76,6 +77,7 @@ class StepLoop:
     recoverable: tuple[type[BaseException], ...] = (AegaeonError,)
     counters: LoopCounters = field(default_factory=LoopCounters)
     costs: CostModel = field(default_factory=CostModel)
+    seen: tuple[PoolState, float] | None = None
 
     def __post_init__(self) -> None:
         self._entries: dict[str, _Entry] = {}
@@ -135,14 +137,16 @@ class StepLoop:
         """One turn of one model. Returns False when no model could run."""
         self._make_calls()
         self._poll()
-        turn = self.policy.next_turn(self._state(), self.clock.now())
+        state, now = self._state(), self.clock.now()
+        self.seen = state, now
+        turn = self.policy.next_turn(state, now)
         if turn is None:
             return False
         entry = self._entries[turn.model]
         self._last = turn.model
         self.counters.turns += 1
         with self._boundary(entry):
-            if self._activate(entry):
+            if self._activate(entry, turn):
                 self._bring_in_ahead(turn)
                 self._run_steps(entry, turn)
         return True
@@ -217,18 +221,18 @@ class StepLoop:
                         prompt_tokens=each.prompt_tokens,
                         tokens_done=each.tokens_done,
                         prefilled=each.prefilled,
-                        ttft_s=entry.slo.ttft_ms / 1e3,
-                        tpot_s=entry.slo.tpot_ms / 1e3,
+                        ttft_s=(each.ttft_ms or entry.slo.ttft_ms) / 1e3,
+                        tpot_s=(each.tpot_ms or entry.slo.tpot_ms) / 1e3,
                         priority=entry.priority + each.priority,
                     )
                 )
             entry.work, entry.summed = requests.work, load
 
-    def _activate(self, entry: _Entry) -> bool:
+    def _activate(self, entry: _Entry, turn: Turn) -> bool:
         missing_bytes = self.residency.missing_bytes(entry.engine.name)
         started_s = self.clock.now()
         try:
-            self.residency.activate(entry.engine.name)
+            self.residency.activate(entry.engine.name, turn.evict_first)
         except self.recoverable as error:
             self.counters.failed_switches += 1
             if entry.failures == len(RETRY_DELAYS_S):
@@ -253,10 +257,14 @@ class StepLoop:
                 return
 
     def _run_steps(self, entry: _Entry, turn: Turn) -> None:
+        name, load = entry.engine.name, entry.engine.load()
+        # A switch for want of host memory may have changed what is to be computed.
+        known = entry.summed == load
+        prompt_tokens = entry.work.prefill_tokens if known and load.num_running == 0 else 0
+        decoding = known and entry.work.prefill_tokens == 0
         entry.summed = None  # it runs: its sum is made anew for the next decision
         began_s = self.clock.now()
         ends_s = began_s + turn.quota_s
-        load = entry.engine.load()
         for _ in range(turn.max_steps):
             executed = entry.engine.run_step()
             self.counters.steps += 1
@@ -264,15 +272,21 @@ class StepLoop:
                 entry.blocked_until = self.clock.now() + EMPTY_STEP_DELAY_S
                 return
             entry.last_run_s = self.clock.now()
-            if load.num_waiting == 0:
-                step_s = entry.last_run_s - began_s
-                self.costs.observe_step(entry.engine.name, load.num_running, step_s)
+            step_s = entry.last_run_s - began_s
+            if decoding:
+                self.costs.observe_step(name, load.num_running, step_s)
+            else:
+                decoding = all(request.prefilled for request in entry.engine.requests())
+                if prompt_tokens and decoding:  # all prompts, and nothing else, in one step
+                    self.costs.observe_prefill(name, prompt_tokens, step_s)
+            prompt_tokens = 0
             if self._stop or self._calls or entry.last_run_s >= ends_s:
                 return
             entry.engine.poll()
             began_s, load = self.clock.now(), entry.engine.load()
             if load.num_unfinished == 0:
                 return
+            decoding = decoding and load.num_waiting == 0
 
     def _give_up(self, entry: _Entry, error: BaseException) -> None:
         logger.error("model %s is out of service", entry.engine.name, exc_info=error)

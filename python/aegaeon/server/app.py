@@ -8,8 +8,9 @@ model is known.
 import asyncio
 import json
 import logging
+import math
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from aegaeon.core.errors import AegaeonError
 from aegaeon.core.serving import AsgiApp, ServedModel
 from aegaeon.server.auth import ApiKeys
 from aegaeon.server.errors import error_response
+from aegaeon.server.objectives import BadObjective, objectives, with_objectives
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +48,12 @@ MODEL_ROUTES = frozenset(
         "/detokenize",
     }
 )
+# Those of them whose answer is a series of tokens, with deadlines.
+_TOKEN_ROUTES = frozenset(
+    {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"}
+)
+# For the estimate of a prompt's length before it is tokenized: English text has about four.
+_BYTES_PER_TOKEN = 4
 _OPEN_ROUTES = frozenset({"/health", "/ready"})
 # Deeper nesting than any request needs; json's own limit would come much later.
 _MAX_JSON_DEPTH = 64
@@ -69,6 +77,8 @@ class Router:
     metrics: the exposition text of `/metrics`.
     states: the state of each model, by name.
     alive: whether the instance behind the models is running.
+    admit: (model, about how many prompt tokens, TTFT in ms or None for the model's) -> 0.0, or in
+    how many seconds a request may be tried again. None: all are let in.
     """
 
     def __init__(
@@ -79,6 +89,7 @@ class Router:
         metrics: Callable[[], Awaitable[str]],
         states: Callable[[], Awaitable[Mapping[str, str]]],
         alive: Callable[[], bool],
+        admit: Callable[[str, int, float | None], Awaitable[float]] | None = None,
         api_keys: ApiKeys | None = None,
     ) -> None:
         self._models = tuple(models)
@@ -90,6 +101,7 @@ class Router:
         self._metrics = metrics
         self._states = states
         self._alive = alive
+        self._admit = admit
         self._api_keys = api_keys
         self._open_requests = dict.fromkeys((model.name for model in self._models), 0)
 
@@ -110,7 +122,7 @@ class Router:
         if (
             self._api_keys is not None
             and path not in _OPEN_ROUTES
-            and not self._api_keys.allow(_header(scope, b"authorization"))
+            and not self._api_keys.allow(_header(scope, "authorization"))
         ):
             return error_response(
                 401,
@@ -141,12 +153,11 @@ class Router:
         body = await self._read_body(scope, receive)
         if not isinstance(body, bytes):
             return body
-        if len(body) <= _PARSED_AT_ONCE_BYTES:
-            name = _model_of(body)
-        else:
-            name = await asyncio.to_thread(_model_of, body)
-        if isinstance(name, Response):
-            return name
+        at_once = len(body) <= _PARSED_AT_ONCE_BYTES
+        request = _parsed(body) if at_once else await asyncio.to_thread(_parsed, body)
+        if isinstance(request, Response):
+            return request
+        name = request["model"]
         model = self._by_name.get(name)
         if model is None:
             return self._unknown(name)
@@ -160,6 +171,18 @@ class Router:
                 param="model",
                 retry_after_s=1,
             )
+        if scope["path"] in _TOKEN_ROUTES:
+            try:
+                wanted = objectives(_headers(scope), request)
+            except BadObjective as error:
+                return error_response(400, str(error), code="invalid_slo", param=error.param)
+            refusal = await self._refusal(model, len(body), wanted)
+            if refusal is not None:
+                return refusal
+            if wanted:
+                changed = with_objectives(request, wanted)
+                body = _dumped(changed) if at_once else await asyncio.to_thread(_dumped, changed)
+                scope = {**scope, "headers": _with_length(scope["headers"], len(body))}
         self._open_requests[model.name] += 1
         try:
             # The original `receive` goes on behind the body: a disconnect aborts the request.
@@ -168,13 +191,37 @@ class Router:
             self._open_requests[model.name] -= 1
         return None
 
+    async def _refusal(
+        self, model: ServedModel, body_bytes: int, wanted: Mapping[str, float]
+    ) -> Response | None:
+        """Of a request whose first token would be late, when the pool refuses such."""
+        if self._admit is None:
+            return None
+        try:
+            wait_s = await self._admit(
+                model.name, body_bytes // _BYTES_PER_TOKEN + 1, wanted.get("slo_ttft_ms")
+            )
+        except (AegaeonError, TimeoutError):
+            return None  # whether the instance works is found out by the request itself
+        if not wait_s:
+            return None
+        return error_response(
+            429,
+            f"the first token for the model {model.name!r} would be {wait_s:.1f} s late; "
+            f"try again later, or ask for a longer x-slo-ttft-ms",
+            type="rate_limit_error",
+            code="deadline_cannot_be_met",
+            param="model",
+            retry_after_s=math.ceil(wait_s),
+        )
+
     async def _read_body(self, scope: Scope, receive: Receive) -> bytes | Response | None:
         """The whole body; a refusal; or None when the client went away."""
         limit = self._limits.max_body_bytes
         too_large = error_response(
             413, f"the request body is longer than {limit} bytes", code="request_too_large"
         )
-        declared = _header(scope, b"content-length")
+        declared = _header(scope, "content-length")
         if declared is not None and declared.isdigit() and int(declared) > limit:
             return too_large
         chunks: list[bytes] = []
@@ -236,8 +283,8 @@ def _instance_down() -> Response:
     )
 
 
-def _model_of(body: bytes) -> str | Response:
-    """The `model` that a JSON body names, or what is wrong with it."""
+def _parsed(body: bytes) -> Mapping[str, Any] | Response:
+    """The request in a JSON body, which names its `model`; or what is wrong with it."""
     if _nested_deeper_than(_MAX_JSON_DEPTH, body):
         return error_response(
             400, f"the body is nested deeper than {_MAX_JSON_DEPTH} levels", code="invalid_json"
@@ -253,7 +300,11 @@ def _model_of(body: bytes) -> str | Response:
         return error_response(
             400, 'the body must name a model: "model": "..."', code="missing_model", param="model"
         )
-    return name
+    return request
+
+
+def _dumped(request: Mapping[str, Any]) -> bytes:
+    return json.dumps(request).encode()
 
 
 def _nested_deeper_than(limit: int, body: bytes) -> bool:
@@ -270,8 +321,22 @@ def _nested_deeper_than(limit: int, body: bytes) -> bool:
     return False
 
 
-def _header(scope: Scope, name: bytes) -> str | None:
-    return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), None)
+def _headers(scope: Scope) -> dict[str, str]:
+    """The first of each name."""
+    return {
+        key.decode("latin-1"): value.decode("latin-1") for key, value in reversed(scope["headers"])
+    }
+
+
+def _with_length(
+    headers: Iterable[tuple[bytes, bytes]], num_bytes: int
+) -> list[tuple[bytes, bytes]]:
+    others = [(key, value) for key, value in headers if key != b"content-length"]
+    return [*others, (b"content-length", b"%d" % num_bytes)]
+
+
+def _header(scope: Scope, name: str) -> str | None:
+    return _headers(scope).get(name)
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

@@ -18,6 +18,7 @@ class UnitView:
     holds_host: it holds host memory that may be taken from it: by keeping the bytes on the device
     only when it is resident, else by losing them (KV: they are computed again).
     droppable: its bytes may be given up.
+    order: where all else is equal, lower is evicted earlier, whenever its model was last used.
     """
 
     model: str
@@ -32,15 +33,16 @@ class UnitView:
     needs_host: bool = False
     holds_host: bool = False
     droppable: bool = False
+    order: int = 0
 
     @property
-    def eviction_rank(self) -> tuple[bool, float, float]:
-        """Idle models first; then what is cheapest to bring back per byte it frees; then, of idle
-        models the least recently used, of busy ones the most recently used: they take turns, and
-        the one that had the last turn waits longest for its next.
+    def eviction_rank(self) -> tuple[bool, float, int, float]:
+        """Idle models first; then what is cheapest to bring back per byte it frees; then by
+        `order`; then, of idle models the least recently used, of busy ones the most recently used:
+        they take turns, and the one that had the last turn waits longest for its next.
         """
         cost = self.move_cost_bytes / max(1, self.size_bytes)
-        return (self.busy, cost, -self.last_used if self.busy else self.last_used)
+        return (self.busy, cost, self.order, -self.last_used if self.busy else self.last_used)
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ def _choose(
 ) -> list[int] | None:
     """The cheapest victims that free `wanted_bytes`; None when the host has no room for them."""
 
-    def rank(index: int) -> tuple[bool, float, float]:
+    def rank(index: int) -> tuple[bool, float, int, float]:
         unit = units[index]
         return (replace(unit, move_cost_bytes=0) if index in drop else unit).eviction_rank
 

@@ -215,8 +215,11 @@ class Switcher:
 
     # -- switching -------------------------------------------------------------------------
 
-    def activate(self, name: str) -> None:
+    def activate(self, name: str, evict_first: Sequence[str] = ()) -> None:
         """Make all of `name` resident and current.
+
+        evict_first: of units that cost the same to bring back, those of these models go first, in
+        this order.
 
         Raises CapacityError when it can never fit (nothing was touched), SwitchFailed when a
         driver call or a copy failed: then the previous state is restored as far as the device
@@ -232,7 +235,7 @@ class Switcher:
             memory.last_used = started
             return
         units = [(model, unit) for model in self._models.values() for unit in model.units]
-        plan = self._plan(units, name)
+        plan = self._plan(units, name, evict_first)
         victims = [units[index][1] for index in plan.evict]
         incoming = [units[index][1] for index in plan.bring_in]
         evicted_models = {units[index][0].name for index in plan.evict}
@@ -369,6 +372,7 @@ class Switcher:
         *,
         num_new_slots: int = 0,
         kept: bool = False,
+        order: int = 0,
     ) -> UnitView:
         return UnitView(
             model=model.name,
@@ -383,9 +387,15 @@ class Switcher:
             needs_host=num_new_slots > 0,
             holds_host=isinstance(unit, KVUnit) and unit.num_copies > 0,
             droppable=isinstance(unit, KVUnit),
+            order=order,
         )
 
-    def _plan(self, units: Sequence[tuple[ModelMemory, Unit]], target: str) -> ActivationPlan:
+    def _plan(
+        self,
+        units: Sequence[tuple[ModelMemory, Unit]],
+        target: str,
+        evict_first: Sequence[str] = (),
+    ) -> ActivationPlan:
         stats = self.arena.stats()
         # Quarantined memory is tried again by the next map, which says so when it fails.
         free_bytes = stats.free_bytes + stats.quarantined_bytes
@@ -396,12 +406,14 @@ class Switcher:
             for index, (_, unit) in enumerate(units)
             if isinstance(unit, KVUnit)
         }
+        orders = {name: i - len(evict_first) for i, name in enumerate(evict_first)}
         views = [
             self._view(
                 model,
                 unit,
                 0 if fits else unit.move_cost_bytes(),
                 num_new_slots=demands[index][1] if index in demands else 0,
+                order=orders.get(model.name, 0),
             )
             for index, (model, unit) in enumerate(units)
         ]

@@ -26,6 +26,7 @@ from aegaeon.core.clock import MonotonicClock
 from aegaeon.core.config import ModelConfig
 from aegaeon.core.control import Channel, InstanceSpec, answer, failed_answer
 from aegaeon.core.errors import AegaeonError, ConfigError
+from aegaeon.sched.admission import Admission
 from aegaeon.sched.policies import make_policy
 from aegaeon.sched.step_loop import StepLoop
 from aegaeon.switching.image_cache import ImageCache
@@ -69,6 +70,8 @@ class Instance:
         )
         self.switcher.is_busy = self.loop.is_busy
         self.metrics = SwitchMetrics(self.switcher)
+        self._admission = Admission(lambda: self.loop.seen)
+        self._slos = {model.name: model.slo for model in spec.models}
 
     def add_model(self, model: ModelConfig) -> None:
         """Load one model; requests for it can then be taken in."""
@@ -101,6 +104,16 @@ class Instance:
         since: only those that began later, on the clock of `now` in the state.
         """
         return records_of(self.switcher, since)
+
+    def admit(self, model: str, prompt_tokens: int, ttft_ms: float | None) -> float:
+        """0.0 when a new request may come, else in how many seconds; ttft_ms: None: the model's.
+
+        Only from the control thread.
+        """
+        ttft_s = (ttft_ms or self._slos[model].ttft_ms) / 1e3
+        return self._admission.late_by_s(
+            model, prompt_tokens=prompt_tokens, ttft_s=ttft_s, now=self.clock.now()
+        )
 
     def order(self, order: str, model: str) -> "Future[Any]":
         """Have the step loop carry out `order`; takes the model's description afterwards."""
@@ -145,6 +158,7 @@ def _serve_control(instance: Instance, control: Channel) -> None:
         "state": instance.state,
         "switches": instance.switch_records,
         "metrics": instance.metrics.exposition,
+        "admit": instance.admit,
     }
     try:
         while (message := control.receive()) is not None:

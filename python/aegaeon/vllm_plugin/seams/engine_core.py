@@ -19,6 +19,7 @@ from vllm.v1.executor import Executor
 import aegaeon_kernels as ak
 from aegaeon.core.engine import EngineLoad, EngineRequest
 from aegaeon.core.errors import AegaeonError
+from aegaeon.core.slo import objective_ms
 from aegaeon.switching.residency import KVUnit
 from aegaeon.switching.switcher import Switcher
 from aegaeon.vllm_plugin.seam import Seam, Tier, Upstream
@@ -143,6 +144,8 @@ def engine_requests(scheduler: Any) -> Iterable[EngineRequest]:
     """The scheduler's open requests in order of arrival."""
     for request in scheduler.requests.values():
         if not request.is_finished():
+            sampling = request.sampling_params  # None of what is pooled
+            own = (sampling and sampling.extra_args) or {}
             yield EngineRequest(
                 request.request_id,
                 request.num_prompt_tokens,
@@ -151,6 +154,8 @@ def engine_requests(scheduler: Any) -> Iterable[EngineRequest]:
                 request.num_computed_tokens + 1 >= request.num_tokens
                 and request.num_output_tokens > 0,
                 request.priority,
+                ttft_ms=objective_ms(own.get("slo_ttft_ms")),
+                tpot_ms=objective_ms(own.get("slo_tpot_ms")),
             )
 
 
@@ -209,6 +214,8 @@ SEAM = Seam(
         Upstream("vllm.v1.request", "Request.num_output_tokens"),
         Upstream("vllm.v1.request", "Request.num_tokens"),
         Upstream("vllm.v1.request", "Request.priority"),
+        Upstream("vllm.v1.request", "Request.sampling_params"),
+        Upstream("vllm.sampling_params", "SamplingParams.extra_args"),
         Upstream("vllm.v1.request", "Request.is_finished"),
         Upstream("vllm.v1.core.sched.scheduler", "Scheduler.get_num_unfinished_requests"),
         Upstream("vllm.v1.engine.utils", "EngineZmqAddresses.inputs"),
