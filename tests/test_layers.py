@@ -43,7 +43,10 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
 # The modules that put the parts together: they may import every layer and each other.
 COMPOSITION = frozenset(
     f"aegaeon.{name}"
-    for name in ("__main__", "cli", "demo", "demo_report", "generate", "launch", "local_server")
+    for name in (
+        *("__main__", "cli", "demo", "demo_report", "generate", "local_server"),
+        *("instance_process", "launch", "listeners", "pool_check"),
+    )
 )
 COMPOSITION_USES = frozenset(
     {"httpx", "openai", "prometheus_client", "psutil", "rich", "starlette", "typer", "uvicorn"}

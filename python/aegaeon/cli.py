@@ -40,11 +40,11 @@ def serve(
     ] = False,
 ) -> None:
     """Start the OpenAI-compatible server for all models of a pool."""
-    from aegaeon import launch
+    from aegaeon import launch, pool_check
 
     pool = _with_address(config.load_pool(pool_file), host, port)
     if check_config:
-        launch.check_pool(pool)
+        pool_check.check_pool(pool)
         print(f"{pool_file}: fine; models: {', '.join(model.name for model in pool.models)}")
         return
 
