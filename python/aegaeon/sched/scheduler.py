@@ -9,7 +9,7 @@ import math
 import sys
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from aegaeon.sched.cost import CostModel
 
@@ -73,9 +73,8 @@ class Work:
 NO_WORK = Work()
 
 
-@dataclass(frozen=True, slots=True)
-class ModelView:
-    """One model, as a policy sees it.
+class ModelView(NamedTuple):
+    """One model, as a policy sees it. A tuple, as the cheapest to make: one per model and turn.
 
     num_running: requests that decode; num_waiting: those whose prompt is still to be computed.
     missing_bytes: what a switch to it must bring in now (0: it is hot), without what has been

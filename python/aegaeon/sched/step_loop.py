@@ -7,9 +7,8 @@ and a residency by their Protocols only, so the tests drive it with arithmetic a
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -145,10 +144,12 @@ class StepLoop:
         entry = self._entries[turn.model]
         self._last = turn.model
         self.counters.turns += 1
-        with self._boundary(entry):
+        try:
             if self._activate(entry, turn):
                 self._bring_in_ahead(turn)
                 self._run_steps(entry, turn)
+        except Exception as error:
+            self._give_up(entry, error)
         return True
 
     def is_busy(self, name: str) -> bool:
@@ -170,21 +171,19 @@ class StepLoop:
 
     def _poll(self) -> None:
         for entry in list(self._entries.values()):
-            with self._boundary(entry):
-                entry.engine.poll()
-                if entry.engine.has_work() and entry.engine.load().num_unfinished == 0:
+            try:
+                engine = entry.engine
+                engine.poll()
+                load = engine.load()
+                if load.num_unfinished == 0 and engine.has_work():
                     # The report of a finished request runs no model: no switch for it.
-                    entry.engine.run_step()
+                    engine.run_step()
                     self.counters.flushes += 1
-                self._sum_up(entry)
-
-    @contextmanager
-    def _boundary(self, entry: _Entry) -> Iterator[None]:
-        """Between models: what one model's engine raises ends that model only."""
-        try:
-            yield
-        except Exception as error:
-            self._give_up(entry, error)
+                    load = engine.load()
+                if entry.summed != load:
+                    self._sum_up(entry, load)
+            except Exception as error:
+                self._give_up(entry, error)
 
     def _state(self) -> PoolState:
         models = []
@@ -205,28 +204,26 @@ class StepLoop:
             )
         return PoolState(models=tuple(models), last=self._last, costs=self.costs)
 
-    def _sum_up(self, entry: _Entry) -> None:
-        """The work of a model, anew when it has run or its counts have changed."""
-        load = entry.engine.load()
-        if entry.summed != load:
-            now, before = self.clock.now(), entry.arrived_s
-            entry.arrived_s = {}
-            requests = OpenRequests()
-            for each in entry.engine.requests():
-                entry.arrived_s[each.id] = before.get(each.id, now)
-                requests.add(
-                    RequestView(
-                        id=each.id,
-                        arrival_s=entry.arrived_s[each.id],
-                        prompt_tokens=each.prompt_tokens,
-                        tokens_done=each.tokens_done,
-                        prefilled=each.prefilled,
-                        ttft_s=(each.ttft_ms or entry.slo.ttft_ms) / 1e3,
-                        tpot_s=(each.tpot_ms or entry.slo.tpot_ms) / 1e3,
-                        priority=entry.priority + each.priority,
-                    )
+    def _sum_up(self, entry: _Entry, load: EngineLoad) -> None:
+        """The work of a model anew: it has run, or its counts have changed."""
+        now, before = self.clock.now(), entry.arrived_s
+        entry.arrived_s = {}
+        requests = OpenRequests()
+        for each in entry.engine.requests():
+            entry.arrived_s[each.id] = before.get(each.id, now)
+            requests.add(
+                RequestView(
+                    id=each.id,
+                    arrival_s=entry.arrived_s[each.id],
+                    prompt_tokens=each.prompt_tokens,
+                    tokens_done=each.tokens_done,
+                    prefilled=each.prefilled,
+                    ttft_s=(each.ttft_ms or entry.slo.ttft_ms) / 1e3,
+                    tpot_s=(each.tpot_ms or entry.slo.tpot_ms) / 1e3,
+                    priority=entry.priority + each.priority,
                 )
-            entry.work, entry.summed = requests.work, load
+            )
+        entry.work, entry.summed = requests.work, load
 
     def _activate(self, entry: _Entry, turn: Turn) -> bool:
         missing_bytes = self.residency.missing_bytes(entry.engine.name)
@@ -289,6 +286,7 @@ class StepLoop:
             decoding = decoding and load.num_waiting == 0
 
     def _give_up(self, entry: _Entry, error: BaseException) -> None:
+        """What one model's engine raises ends that model only."""
         logger.error("model %s is out of service", entry.engine.name, exc_info=error)
         self.counters.failed_models += 1
         del self._entries[entry.engine.name]

@@ -16,7 +16,7 @@ runnable model: what is hot is shared step by step, what is far away in turns of
 """
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from aegaeon.sched.scheduler import ModelView, PoolState, Turn
 
@@ -26,8 +26,7 @@ MAX_WAIT_S = 20.0
 OVERHEAD = 8.0
 
 
-@dataclass(frozen=True, slots=True)
-class _Candidate:
+class _Candidate(NamedTuple):
     view: ModelView
     slack_s: float
     switch_s: float
@@ -61,17 +60,21 @@ class Slack:
                 return (1, priority, slack_s)
             return (2, priority, -slack_s) if slack_s < 0 else (3, priority, slack_s)
 
-        candidates.sort(key=rank)
-        chosen, others = candidates[0], candidates[1:]
+        chosen = min(candidates, key=rank)
+        others = [candidate for candidate in candidates if candidate is not chosen]
         on_time = (other.slack_s for other in others if other.slack_s >= 0)
         quota_s = min(longest_s, max(chosen.switch_s, min(on_time, default=math.inf)))
         name = chosen.view.name
-        prefetch = tuple(other.view.name for other in others if other.view.missing_bytes)[:1]
+        missing = (other for other in others if other.view.missing_bytes)
+        ahead = min(missing, key=rank, default=None)
+        prefetch = () if ahead is None else (ahead.view.name,)
+        busy = [other for other in others if other is not ahead and _evictable(other.view)]
+        busy.sort(key=rank, reverse=True)
         return Turn(
             name,
             quota_s=quota_s,
             prefetch=prefetch,
-            evict_first=_victims(state, candidates, {name, *prefetch}, now),
+            evict_first=(*_idle_longest(state, now), *(other.view.name for other in busy)),
         )
 
 
@@ -89,19 +92,12 @@ def _weigh(view: ModelView, state: PoolState, now: float) -> _Candidate:
     return _Candidate(view, slack_s - now - switch_s, switch_s, now - since_s)
 
 
-def _victims(
-    state: PoolState, ranked: list[_Candidate], kept: set[str], now: float
-) -> tuple[str, ...]:
-    """Idle models first, the longest unused first; then those that have the most time."""
-    idle = [
-        view
-        for view in state.models
-        if view.resident and not view.pinned and not view.runnable(now) and view.name not in kept
-    ]
+def _evictable(view: ModelView) -> bool:
+    return view.resident and not view.pinned
+
+
+def _idle_longest(state: PoolState, now: float) -> list[str]:
+    """What has nothing to do now and may go, the longest unused first."""
+    idle = [view for view in state.models if _evictable(view) and not view.runnable(now)]
     idle.sort(key=lambda view: -math.inf if view.last_run_s is None else view.last_run_s)
-    busy = [
-        candidate.view.name
-        for candidate in reversed(ranked)
-        if candidate.view.resident and not candidate.view.pinned and candidate.view.name not in kept
-    ]
-    return (*(view.name for view in idle), *busy)
+    return [view.name for view in idle]
