@@ -26,6 +26,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     KERNELS: frozenset({"cupy", "numpy", "torch", "triton"}),
     CORE: frozenset({"pydantic", "pydantic_core", "yaml"}),
     SCHED: frozenset({CORE}),
+    "aegaeon.sched.metrics": frozenset({CORE, SCHED, "prometheus_client"}),
     "aegaeon.switching.plan": frozenset({CORE}),
     SWITCHING: frozenset({CORE, "aegaeon.switching.plan", KERNELS, "prometheus_client"}),
     SERVER: frozenset(
@@ -33,7 +34,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     ),
     "aegaeon.sim": frozenset({CORE, SCHED, "aegaeon.switching.plan"}),
     PLUGIN: frozenset(
-        {CORE, SCHED, SWITCHING, "aegaeon.switching.plan", KERNELS}
+        {CORE, SCHED, "aegaeon.sched.metrics", SWITCHING, "aegaeon.switching.plan", KERNELS}
         | {"numpy", "packaging", "prometheus_client", "torch", "vllm"}
     ),
     "aegaeon.build_image": frozenset({CORE, KERNELS, "tqdm"}),

@@ -18,6 +18,7 @@ import uvicorn
 from prometheus_client import REGISTRY, generate_latest
 
 from aegaeon.core import envs
+from aegaeon.core.clock import MonotonicClock
 from aegaeon.core.config import PoolConfig
 from aegaeon.core.serving import ServedModel
 from aegaeon.core.threads import in_daemon_thread
@@ -28,6 +29,8 @@ from aegaeon.server.admin import admin_app
 from aegaeon.server.admin_client import RUNTIME_DIR_PREFIX, SOCKET_NAME
 from aegaeon.server.app import Limits, Router
 from aegaeon.server.auth import ApiKeys
+from aegaeon.server.metrics import FrontMetrics
+from aegaeon.server.observed import Observed
 
 if TYPE_CHECKING:
     from aegaeon.vllm_plugin.front import Front
@@ -79,9 +82,11 @@ async def _run(
             serving = front.serve(by_name[name], instance.addresses[name])
             served.append(await instance.unless_it_dies(serving))
             logger.info("model %s is ready", name)
-        router = _router(pool, served, instance, api_keys)
-        public = Server(uvicorn_config(router, lifespan="on"))
-        admin = Server(uvicorn_config(admin_app(instance.ask), lifespan="off"))
+        router, metrics = _router(pool, served, instance, api_keys)
+        observed = Observed(router, clock=MonotonicClock(), ended=(metrics.ended,))
+        public = Server(uvicorn_config(observed, lifespan="on"))
+        admin_routes = admin_app(instance.ask, metrics.snapshot)
+        admin = Server(uvicorn_config(admin_routes, lifespan="off"))
         stop.then(public)
         background = [
             asyncio.create_task(_end_on_death(instance, front, public)),
@@ -112,9 +117,10 @@ def _router(
     served: Sequence[ServedModel],
     instance: InstanceProcess,
     api_keys: ApiKeys | None,
-) -> Router:
+) -> tuple[Router, FrontMetrics]:
     async def metrics() -> str:
-        return generate_latest(REGISTRY).decode() + str(await instance.ask("metrics"))
+        own = str(await instance.ask("metrics"))
+        return generate_latest(REGISTRY).decode() + front.exposition() + own
 
     async def states() -> dict[str, str]:
         return {model["name"]: model["state"] for model in (await instance.ask("state"))["models"]}
@@ -125,7 +131,7 @@ def _router(
         )
         return float(answer)
 
-    return Router(
+    router = Router(
         served,
         limits=Limits(
             max_body_bytes=pool.server.max_body_bytes,
@@ -137,6 +143,8 @@ def _router(
         admit=admit if pool.scheduler.admission == "deadline" else None,
         api_keys=api_keys,
     )
+    front = FrontMetrics([model.name for model in served], router.num_open)
+    return router, front
 
 
 async def _end_on_death(instance: InstanceProcess, front: "Front", public: uvicorn.Server) -> None:

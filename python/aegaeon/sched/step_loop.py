@@ -19,6 +19,7 @@ from aegaeon.core.errors import AegaeonError
 from aegaeon.sched.cost import CostModel
 from aegaeon.sched.open_requests import OpenRequests
 from aegaeon.sched.scheduler import NO_WORK, ModelView, Policy, PoolState, RequestView, Turn, Work
+from aegaeon.sched.usage import DeviceUsage
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +33,11 @@ EMPTY_STEP_DELAY_S = 0.001
 class LoopCounters:
     """What the loop did so far; read from other threads without a lock (each field is one int).
 
+    decisions: times that the policy was asked; turns: that it named a model.
     flushes: steps that only reported finished requests, for which no model was switched.
     """
 
+    decisions: int = 0
     turns: int = 0
     steps: int = 0
     flushes: int = 0
@@ -65,6 +68,7 @@ class StepLoop:
     clock: for back-off and quotas.
     wake: set it (from any thread) when an engine may have got something to poll.
     costs: learns from every step and switch what they take.
+    usage: what each turn took of the device.
     recoverable: exceptions of `activate` after which everything is as before and a retry helps.
     seen: the state that the policy was asked with last, and when. Readable from any thread.
     """
@@ -76,6 +80,7 @@ class StepLoop:
     recoverable: tuple[type[BaseException], ...] = (AegaeonError,)
     counters: LoopCounters = field(default_factory=LoopCounters)
     costs: CostModel = field(default_factory=CostModel)
+    usage: DeviceUsage = field(default_factory=DeviceUsage)
     seen: tuple[PoolState, float] | None = None
 
     def __post_init__(self) -> None:
@@ -138,18 +143,30 @@ class StepLoop:
         self._poll()
         state, now = self._state(), self.clock.now()
         self.seen = state, now
+        self.counters.decisions += 1
         turn = self.policy.next_turn(state, now)
         if turn is None:
             return False
         entry = self._entries[turn.model]
         self._last = turn.model
         self.counters.turns += 1
+        began_s, steps_before = self.clock.now(), self.counters.steps
+        switched_s = None
         try:
             if self._activate(entry, turn):
+                switched_s = self.clock.now()
                 self._bring_in_ahead(turn)
                 self._run_steps(entry, turn)
         except Exception as error:
             self._give_up(entry, error)
+        ended_s = self.clock.now()
+        self.usage.add(
+            turn.model,
+            began_s=began_s,
+            switched_s=ended_s if switched_s is None else switched_s,
+            ended_s=ended_s,
+            num_steps=self.counters.steps - steps_before,
+        )
         return True
 
     def is_busy(self, name: str) -> bool:

@@ -4,7 +4,7 @@ address.
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
 from starlette.applications import Starlette
@@ -18,6 +18,7 @@ from aegaeon.server.errors import error_response
 
 VERBS = ("load", "unload", "pin", "unpin")
 _INTERVAL_S = (0.1, 60.0)
+_PARTS = frozenset({"switches", "timeline"})
 
 
 class Ask(Protocol):
@@ -32,24 +33,35 @@ class Ask(Protocol):
     ) -> Any: ...
 
 
-def admin_app(ask: Ask) -> Starlette:
-    """Routes over the instance that `ask` reaches."""
+def admin_app(ask: Ask, front: Callable[[], dict[str, Any]] = dict) -> Starlette:
+    """Routes over the instance that `ask` reaches. front: the front's own part of the state."""
+
+    async def full_state() -> dict[str, Any]:
+        return {**await ask("state"), "front": front()}
 
     async def state(request: Request) -> Response:
-        """Models, their residency and queues, who holds the arena, totals."""
-        return JSONResponse(await ask("state"))
+        """Models, their residency, queues and SLOs, who holds the arena, totals."""
+        return JSONResponse(await full_state())
+
+    async def timeline(request: Request) -> Response:
+        """Who had the device in the last two minutes, in slices."""
+        return JSONResponse(await ask("timeline"))
 
     async def switches(request: Request) -> Response:
         """The last switches with their times and bytes, oldest first."""
         return JSONResponse(await ask("switches"))
 
     async def events(request: Request) -> Response:
-        """The state, and the switches since the last time, every `interval_s`, as SSE."""
+        """The state and what is new since the last time, every `interval_s`, as SSE.
+
+        `with`: switches, timeline, or both, with a comma; without it switches.
+        """
         interval_s = _number(request, "interval_s", 1.0)
+        news = News(ask, full_state, _parts(request))
         # Asked for once before the answer begins: an instance that is gone is a status.
-        first = await _snapshot(ask, None)
+        first = await news.next()
         return StreamingResponse(
-            _events(ask, first, interval_s),
+            _events(news, first, interval_s),
             media_type="text/event-stream",
             headers={"Cache-Control": "no-store"},
         )
@@ -86,6 +98,7 @@ def admin_app(ask: Ask) -> Starlette:
         routes=[
             Route("/admin/state", state, methods=["GET"]),
             Route("/admin/switches", switches, methods=["GET"]),
+            Route("/admin/timeline", timeline, methods=["GET"]),
             Route("/admin/events", events, methods=["GET"]),
             *(
                 Route(f"/admin/models/{{name:path}}/{verb}", order, methods=["POST"])
@@ -127,23 +140,54 @@ def _number(request: Request, name: str, default: float) -> float:
     return value
 
 
-async def _snapshot(ask: Ask, since: float | None) -> dict[str, Any]:
-    return {"state": await ask("state"), "switches": await ask("switches", since=since)}
+def _parts(request: Request) -> frozenset[str]:
+    given = request.query_params.get("with", "switches")
+    parts = frozenset(given.split(",")) - {""}
+    if not parts <= _PARTS:
+        raise HTTPException(
+            400, f"with: got {given!r}; expected any of: {', '.join(sorted(_PARTS))}"
+        )
+    return parts
 
 
-async def _events(ask: Ask, first: dict[str, Any], interval_s: float) -> AsyncIterator[str]:
-    snapshot, since = first, None
+class News:
+    """What one listener of `/admin/events` has not heard yet. parts: switches, timeline."""
+
+    def __init__(
+        self, ask: Ask, state: Callable[[], Awaitable[dict[str, Any]]], parts: frozenset[str]
+    ) -> None:
+        self._ask = ask
+        self._state = state
+        self._parts = parts
+        self._since: float | None = None
+        self._slice = 0
+
+    async def next(self) -> dict[str, Any]:
+        """The state, and of each part what is new; the last slice of a timeline comes again."""
+        news: dict[str, Any] = {"state": await self._state()}
+        if "switches" in self._parts:
+            news["switches"] = await self._ask("switches", since=self._since)
+            if news["switches"]:
+                self._since = news["switches"][-1]["at"]
+        if "timeline" in self._parts:
+            news["timeline"] = await self._ask("timeline", since=self._slice)
+            if news["timeline"]["slices"]:
+                self._slice = news["timeline"]["slices"][-1]["number"]
+        return news
+
+
+async def _events(news: News, first: dict[str, Any], interval_s: float) -> AsyncIterator[str]:
+    snapshot: dict[str, Any] | None = first
     while True:
-        if snapshot["switches"]:
-            since = snapshot["switches"][-1]["at"]
-        yield f"event: snapshot\ndata: {json.dumps(snapshot)}\n\n"
+        if snapshot is not None:
+            yield f"event: snapshot\ndata: {json.dumps(snapshot)}\n\n"
         await asyncio.sleep(interval_s)
         try:
-            snapshot = await _snapshot(ask, since)
+            snapshot = await news.next()
         except (AegaeonError, TimeoutError) as error:
             reason = str(error) or "the instance does not answer"
             yield f"event: error\ndata: {json.dumps({'message': reason})}\n\n"
-            snapshot = {"state": None, "switches": []}
+            snapshot = None
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

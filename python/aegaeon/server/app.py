@@ -22,6 +22,7 @@ from aegaeon.core.errors import AegaeonError
 from aegaeon.core.serving import AsgiApp, ServedModel
 from aegaeon.server.auth import ApiKeys
 from aegaeon.server.errors import error_response
+from aegaeon.server.exchange import note_model
 from aegaeon.server.objectives import BadObjective, objectives, with_objectives
 
 logger = logging.getLogger(__name__)
@@ -105,6 +106,10 @@ class Router:
         self._api_keys = api_keys
         self._open_requests = dict.fromkeys((model.name for model in self._models), 0)
 
+    def num_open(self, model: str) -> int:
+        """How many requests the application of `model` is answering."""
+        return self._open_requests[model]
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await _lifespan(receive, send, [model.app for model in self._models])
@@ -161,6 +166,7 @@ class Router:
         model = self._by_name.get(name)
         if model is None:
             return self._unknown(name)
+        note_model(scope, model.name)
         if self._open_requests[model.name] >= self._limits.max_open_requests:
             return error_response(
                 429,

@@ -1,5 +1,6 @@
 """Prometheus metrics of one instance: switches, bytes moved, who holds the device memory."""
 
+import math
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
@@ -14,10 +15,15 @@ _SECONDS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 
 
 
 class SwitchMetrics:
-    """Observes a switcher; `exposition()` is the text that the front appends to `/metrics`."""
+    """Observes a switcher; `exposition()` is the text that the front appends to `/metrics`.
 
-    def __init__(self, switcher: Switcher) -> None:
+    others: what else is exposed with it.
+    """
+
+    def __init__(self, switcher: Switcher, *others: Collector) -> None:
         self._registry = CollectorRegistry()
+        for other in others:
+            self._registry.register(other)
         self._seconds = Histogram(
             "aegaeon_switch_seconds",
             "Time of a switch, by path (hot: resident, warm: from the host image) and phase.",
@@ -34,6 +40,26 @@ class SwitchMetrics:
             for phase in ("save", "unmap", "map", "load"):
                 seconds = getattr(record, f"{phase}_s")
                 self._seconds.labels(record.path, phase).observe(seconds)
+
+    def seconds(self) -> dict[str, list[tuple[float | None, int]]]:
+        """Of each path: (upper bound in seconds, how many switches took no longer and more than the
+        bound before); the last bound is None, and takes the rest.
+        """
+        counts: dict[str, dict[float, int]] = {}
+        for family in self._seconds.collect():
+            for sample in family.samples:
+                if sample.name.endswith("_bucket") and sample.labels["phase"] == "total":
+                    of_path = counts.setdefault(sample.labels["path"], {})
+                    of_path[float(sample.labels["le"])] = int(sample.value)
+        return {
+            path: [
+                (bound if bound < math.inf else None, count - before)
+                for (bound, count), before in zip(
+                    sorted(cumulative.items()), [0, *sorted(cumulative.values())], strict=False
+                )
+            ]
+            for path, cumulative in counts.items()
+        }
 
     def exposition(self) -> str:
         return generate_latest(self._registry).decode()

@@ -27,8 +27,11 @@ from aegaeon.core.config import ModelConfig
 from aegaeon.core.control import Channel, InstanceSpec, answer, failed_answer
 from aegaeon.core.errors import AegaeonError, ConfigError
 from aegaeon.sched.admission import Admission
+from aegaeon.sched.meter import Meter, attainment_of
+from aegaeon.sched.metrics import LoopCollector
 from aegaeon.sched.policies import make_policy
 from aegaeon.sched.step_loop import StepLoop
+from aegaeon.sched.usage import ModelUsage
 from aegaeon.switching.image_cache import ImageCache
 from aegaeon.switching.metrics import SwitchMetrics
 from aegaeon.switching.orders import ORDERS, carry_out
@@ -69,9 +72,9 @@ class Instance:
             recoverable=(AegaeonError, ak.Error),
         )
         self.switcher.is_busy = self.loop.is_busy
-        self.metrics = SwitchMetrics(self.switcher)
+        self._meters = {model.name: Meter(model.slo) for model in spec.models}
+        self.metrics = SwitchMetrics(self.switcher, LoopCollector(self.loop, self._meters))
         self._admission = Admission(lambda: self.loop.seen)
-        self._slos = {model.name: model.slo for model in spec.models}
 
     def add_model(self, model: ModelConfig) -> None:
         """Load one model; requests for it can then be taken in."""
@@ -88,14 +91,29 @@ class Instance:
                 addresses=self._spec.addresses[model.name],
                 switcher=self.switcher,
                 wake=self.loop.wake,
+                meter=self._meters[model.name],
+                clock=self.clock,
             )
         self.loop.add(core, slo=model.slo, priority=model.priority)
 
     def state(self) -> dict[str, Any]:
         """A snapshot for the admin interface; callable from any thread."""
+        state = state_of(self.switcher, self.clock, self.loop.loads())
+        usage = self.loop.usage.totals()
+        for model in state["models"]:
+            model["slo"] = attainment_of(self._meters[model["name"]])
+            model["usage"] = asdict(usage.get(model["name"], ModelUsage()))
+        state["switches"]["seconds"] = self.metrics.seconds()
+        return {**state, "loop": asdict(self.loop.counters)}
+
+    def timeline(self, since: int = 0) -> dict[str, Any]:
+        """Who had the device lately, from slice `since` on; callable from any thread."""
+        usage = self.loop.usage
         return {
-            **state_of(self.switcher, self.clock, self.loop.loads()),
-            "loop": asdict(self.loop.counters),
+            "slice_s": usage.slice_s,
+            "slices": [
+                {"number": number, "models": shares} for number, shares in usage.slices(since)
+            ],
         }
 
     def switch_records(self, since: float | None = None) -> list[dict[str, Any]]:
@@ -110,7 +128,7 @@ class Instance:
 
         Only from the control thread.
         """
-        ttft_s = (ttft_ms or self._slos[model].ttft_ms) / 1e3
+        ttft_s = (ttft_ms or self._meters[model].slo.ttft_ms) / 1e3
         return self._admission.late_by_s(
             model, prompt_tokens=prompt_tokens, ttft_s=ttft_s, now=self.clock.now()
         )
@@ -157,6 +175,7 @@ def _serve_control(instance: Instance, control: Channel) -> None:
     answers: dict[str, Callable[..., Any]] = {
         "state": instance.state,
         "switches": instance.switch_records,
+        "timeline": instance.timeline,
         "metrics": instance.metrics.exposition,
         "admit": instance.admit,
     }

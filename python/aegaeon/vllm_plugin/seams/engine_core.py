@@ -6,6 +6,7 @@ the handshake (our sockets are agreed on beforehand), the busy loop and the shut
 
 import queue
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -17,9 +18,11 @@ from vllm.v1.engine.utils import EngineZmqAddresses
 from vllm.v1.executor import Executor
 
 import aegaeon_kernels as ak
+from aegaeon.core.clock import Clock
 from aegaeon.core.engine import EngineLoad, EngineRequest
 from aegaeon.core.errors import AegaeonError
 from aegaeon.core.slo import objective_ms
+from aegaeon.sched.meter import Meter
 from aegaeon.switching.residency import KVUnit
 from aegaeon.switching.switcher import Switcher
 from aegaeon.vllm_plugin.seam import Seam, Tier, Upstream
@@ -36,6 +39,7 @@ class HostedEngineCore(EngineCoreProc):
 
     addresses: `input_address` and `output_address`, where the front's client listens.
     wake: set whenever a message has arrived.
+    meter: told what the requests get, and when.
     Built inside `hosting`; raises what vLLM raises when it cannot load the model.
     """
 
@@ -47,8 +51,12 @@ class HostedEngineCore(EngineCoreProc):
         addresses: Mapping[str, str],
         switcher: Switcher,
         wake: threading.Event,
+        meter: Meter,
+        clock: Clock,
     ) -> None:
         self._name = name
+        self._meter = meter
+        self._clock = clock
         self._wake = wake
         self._switcher = switcher
         self._agreed_addresses = EngineZmqAddresses(
@@ -58,6 +66,8 @@ class HostedEngineCore(EngineCoreProc):
             vllm_config, True, "", Executor.get_class(vllm_config), True, engine_index=0
         )
         self.process_input_queue_block = False
+        self._vllm_step: Any = self.step_fn
+        self.step_fn: Any = self._measured_step
         keep_books(switcher, name, self)
 
     # -- Engine ----------------------------------------------------------------------------
@@ -79,6 +89,7 @@ class HostedEngineCore(EngineCoreProc):
         return self._process_engine_step()
 
     def fail(self, error: BaseException) -> None:
+        self._meter.failed()
         self._switcher.abandon(self._name)
         self._send_engine_dead()
 
@@ -96,6 +107,29 @@ class HostedEngineCore(EngineCoreProc):
     def _perform_handshakes(self, *args: Any, **kwargs: Any) -> Iterator[EngineZmqAddresses]:
         yield self._agreed_addresses
 
+    def _measured_step(self) -> Any:
+        outputs, executed = self._vllm_step()
+        now = self._clock.now()
+        for each in (outputs or {}).values():
+            for output in each.outputs:
+                answers = len(output.new_token_ids) or int(output.pooling_output is not None)
+                self._meter.produced(output.request_id, answers, now)
+                if output.finish_reason is not None:
+                    self._meter.finished(output.request_id)
+        return outputs, executed
+
+    def _measure(self, request_type: EngineCoreRequestType, request: Any) -> None:
+        now = self._clock.now()
+        if request_type == EngineCoreRequestType.ADD:
+            added, _ = request
+            # vLLM notes the arrival by the wall clock, in the process that took the request in.
+            age_s = max(0.0, time.time() - added.arrival_time)
+            own = own_objectives(added)
+            self._meter.arrived(added.request_id, now - age_s, **own)
+        elif request_type == EngineCoreRequestType.ABORT:
+            for request_id in request:
+                self._meter.stopped(request_id, now)
+
     def _handle_client_request(self, request_type: EngineCoreRequestType, request: Any) -> None:
         if request_type == EngineCoreRequestType.UTILITY:
             client_index, call_id, method, _ = request
@@ -109,6 +143,7 @@ class HostedEngineCore(EngineCoreProc):
                         (client_index, EngineCoreOutputs(utility_output=failure))
                     )
                     return
+        self._measure(request_type, request)
         super()._handle_client_request(request_type, request)
 
     def shutdown(self) -> None:
@@ -144,8 +179,6 @@ def engine_requests(scheduler: Any) -> Iterable[EngineRequest]:
     """The scheduler's open requests in order of arrival."""
     for request in scheduler.requests.values():
         if not request.is_finished():
-            sampling = request.sampling_params  # None of what is pooled
-            own = (sampling and sampling.extra_args) or {}
             yield EngineRequest(
                 request.request_id,
                 request.num_prompt_tokens,
@@ -154,9 +187,18 @@ def engine_requests(scheduler: Any) -> Iterable[EngineRequest]:
                 request.num_computed_tokens + 1 >= request.num_tokens
                 and request.num_output_tokens > 0,
                 request.priority,
-                ttft_ms=objective_ms(own.get("slo_ttft_ms")),
-                tpot_ms=objective_ms(own.get("slo_tpot_ms")),
+                **own_objectives(request),
             )
+
+
+def own_objectives(request: Any) -> dict[str, float | None]:
+    """`ttft_ms` and `tpot_ms` that a request brought with it; None for what it did not."""
+    sampling = request.sampling_params  # None of what is pooled
+    own = (sampling and sampling.extra_args) or {}
+    return {
+        "ttft_ms": objective_ms(own.get("slo_ttft_ms")),
+        "tpot_ms": objective_ms(own.get("slo_tpot_ms")),
+    }
 
 
 def keep_books(switcher: Switcher, name: str, engine_core: Any) -> None:
@@ -203,12 +245,19 @@ SEAM = Seam(
             ("request_type", "request"),
         ),
         Upstream("vllm.v1.engine.core", "EngineCoreProc._send_engine_dead"),
+        Upstream("vllm.v1.engine.core", "EngineCore.step_fn"),
+        Upstream("vllm.v1.engine", "EngineCoreOutputs.outputs"),
+        Upstream("vllm.v1.engine", "EngineCoreOutput.request_id"),
+        Upstream("vllm.v1.engine", "EngineCoreOutput.new_token_ids"),
+        Upstream("vllm.v1.engine", "EngineCoreOutput.pooling_output"),
+        Upstream("vllm.v1.engine", "EngineCoreOutput.finish_reason"),
         Upstream("vllm.v1.engine.core", "EngineCoreProc.has_work"),
         Upstream("vllm.v1.engine.core", "EngineCoreProc.input_queue"),
         Upstream("vllm.v1.engine.core", "EngineCoreProc.process_input_queue_block"),
         Upstream("vllm.v1.engine.core", "EngineCore.shutdown"),
         Upstream("vllm.v1.core.sched.scheduler", "Scheduler.get_request_counts"),
         Upstream("vllm.v1.core.sched.scheduler", "Scheduler.requests"),
+        Upstream("vllm.v1.request", "Request.arrival_time"),
         Upstream("vllm.v1.request", "Request.num_prompt_tokens"),
         Upstream("vllm.v1.request", "Request.num_computed_tokens"),
         Upstream("vllm.v1.request", "Request.num_output_tokens"),
