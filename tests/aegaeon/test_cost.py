@@ -47,3 +47,15 @@ def test_prefills_are_learned_from_their_tokens():
         costs.observe_prefill("m", tokens, 0.03 + tokens * 1e-4)
     assert costs.prefill_s("m", 1000) == pytest.approx(0.13, rel=0.02)
     assert costs.prefill_s("other", 1000) == CostModel().prefill_s("other", 1000)
+
+
+def test_what_was_learned_of_a_model_goes_with_it():
+    costs = CostModel()
+    for _ in range(50):
+        costs.observe_step("a", 1, 9.0)
+        costs.observe_prefill("a", 100, 9.0)
+    costs.forget("a")
+    costs.observe_step("a", 1, 0.01)
+    assert costs.step_s("a", 1) < 1.0
+    assert costs.prefill_s("a", 100) == CostModel().prefill_s("a", 100)
+    costs.forget("never seen")

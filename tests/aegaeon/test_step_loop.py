@@ -473,3 +473,21 @@ def test_a_request_is_due_by_its_own_slo_and_else_by_its_models():
     assert states[1].models[0].work.first_due_s == pytest.approx(arrived_s + 2.0)
     assert loop.seen is not None
     assert loop.seen[0] is states[-1]
+
+
+def test_what_is_removed_is_not_run_and_its_name_is_free():
+    journal: list[str] = []
+    loop = StepLoop(RoundRobin(1), JournalResidency(journal), ManualClock())
+    engines = [CountingEngine(name, 2, journal) for name in "ab"]
+    for engine in engines:
+        loop.add(engine)
+    loop.run_turn()
+    assert loop.remove("a") is engines[0]
+    loop.run_until_idle()
+    assert journal == ["switch to a", "a", "switch to b", "b", "b"]
+    assert set(loop.loads()) == {"b"}
+    with pytest.raises(KeyError):
+        loop.remove("a")
+    loop.add(CountingEngine("a", 1, journal))
+    loop.run_until_idle()
+    assert journal[-2:] == ["switch to a", "a"]

@@ -138,6 +138,11 @@ class CostModel:
         self.switch_s0 = self._switch.intercept
         self.link_bytes_per_s = 1.0 / max(self._switch.slope, 1e-15)
 
+    def forget(self, model: str) -> None:
+        """The model is gone, or another one has its name now."""
+        for known in (self.profiles, self._steps, self._prefills):
+            known.pop(model, None)
+
     def step_s(self, model: str, num_requests: int, context_tokens: int = 0) -> float:
         """One decode step of `num_requests`."""
         p = self.profiles.get(model, self.default)

@@ -98,6 +98,18 @@ class StepLoop:
             raise ValueError(f"an engine named {engine.name!r} is already hosted")
         self._entries[engine.name] = _Entry(engine, slo or Slo(), priority)
 
+    def remove(self, name: str) -> Engine:
+        """Host the engine `name` no longer; its open requests are the caller's to end.
+
+        Only from the loop's thread, or while it is not running. Raises KeyError for a name that is
+        not hosted, or has been given up.
+        """
+        entry = self._entries.pop(name)
+        self.costs.forget(name)
+        if self._last == name:
+            self._last = None
+        return entry.engine
+
     @property
     def engines(self) -> Iterable[Engine]:
         return (entry.engine for entry in self._entries.values())

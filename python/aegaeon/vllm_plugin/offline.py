@@ -5,6 +5,7 @@ stands in for the engine core behind sockets.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ import aegaeon_kernels as ak
 from aegaeon.core.clock import Clock, MonotonicClock
 from aegaeon.core.config import ModelConfig
 from aegaeon.core.engine import EngineLoad, EngineRequest
-from aegaeon.core.errors import AegaeonError
+from aegaeon.core.errors import AegaeonError, OrderRefused
 from aegaeon.sched.scheduler import Policy
 from aegaeon.sched.step_loop import StepLoop
 from aegaeon.switching.image_cache import ImageCache
@@ -137,6 +138,20 @@ class OfflinePool:
         self.loop.add(hosted, slo=model.slo, priority=model.priority)
         return hosted
 
+    def remove_model(self, name: str) -> None:
+        """Give back all that a model has: device and host memory, KV cache, address ranges.
+
+        Raises ValueError for an unknown name, OrderRefused while it has open requests.
+        """
+        engine = self._engine(name)
+        if engine.has_work():
+            raise OrderRefused(f"the model {name!r} has open requests")
+        with suppress(KeyError):  # given up
+            self.loop.remove(name)
+        del self.engines[name]
+        engine.core.scheduler.shutdown()
+        self.switcher.remove_model(name)
+
     def generate(self, prompts: Sequence[Prompt]) -> list[RequestOutput]:
         """Run all prompts, models interleaved by the policy; outputs in the order of `prompts`.
 
@@ -154,17 +169,22 @@ class OfflinePool:
 
     def submit(self, prompt: Prompt) -> str:
         """Add one request; it runs when the loop does. Returns its id."""
-        if prompt.model not in self.engines:
-            known = ", ".join(self.engines)
-            raise ValueError(f"no model is called {prompt.model!r}; there are: {known}")
+        engine = self._engine(prompt.model)
         request_id = f"{prompt.model}-{self._next_id}"
         self._next_id += 1
         text: Any = prompt.prompt
         if not isinstance(text, str):
             text = {"prompt_token_ids": list(text)}
         sampling = SamplingParams(**prompt.sampling)
-        self.engines[prompt.model].engine.add_request(request_id, text, sampling)
+        engine.engine.add_request(request_id, text, sampling)
         return request_id
+
+    def _engine(self, name: str) -> OfflineEngine:
+        try:
+            return self.engines[name]
+        except KeyError:
+            known = ", ".join(self.engines)
+            raise ValueError(f"no model is called {name!r}; there are: {known}") from None
 
     def close(self) -> None:
         for engine in self.engines.values():

@@ -40,16 +40,18 @@ def make_pool(job: dict[str, Any], device: ak.Device | None = None) -> OfflinePo
         image_cache=ImageCache(Path(cache), 1 << 40) if (cache := job.get("image_cache")) else None,
     )
     for name, path in job["models"].items():
-        pool.add_model(
-            ModelConfig(
-                model=path,
-                name=name,
-                kv_memory=job["kv_memory"],
-                max_model_len=job["max_model_len"],
-                vllm=job.get("vllm", {}),
-            )
-        )
+        pool.add_model(model_config(job, name, path))
     return pool
+
+
+def model_config(job: dict[str, Any], name: str, path: str) -> ModelConfig:
+    return ModelConfig(
+        model=path,
+        name=name,
+        kv_memory=job["kv_memory"],
+        max_model_len=job["max_model_len"],
+        vllm=job.get("vllm", {}),
+    )
 
 
 def prompts_of(job: dict[str, Any]) -> list[Prompt]:
