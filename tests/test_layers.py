@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "aegaeon.switching.plan": frozenset({CORE}),
     SWITCHING: frozenset({CORE, "aegaeon.switching.plan", KERNELS, "prometheus_client"}),
     SERVER: frozenset(
-        {CORE, "httpx", "prometheus_client", "pydantic", "rich", "starlette", "uvicorn"}
+        {CORE, "httpx", "prometheus_client", "pydantic", "rich", "starlette", "textual", "uvicorn"}
     ),
     "aegaeon.sim": frozenset({CORE, SCHED, "aegaeon.switching.plan"}),
     PLUGIN: frozenset(

@@ -1,4 +1,4 @@
-"""The command line: `aegaeon serve | ps | load | generate | demo | image | check-config` and more.
+"""The command line: `aegaeon serve | ps | top | load | generate | demo | image` and more.
 
 Parses, calls, prints. Whatever a command does is in the module it imports, and vLLM is imported
 only by commands that need it.
@@ -75,6 +75,33 @@ def ps(pool: PoolOption = None, socket: SocketOption = None, as_json: JsonOption
         print(json.dumps(state))
     else:
         Console().print(models_table(state))
+
+
+@app.command()
+def top(
+    pool: PoolOption = None,
+    socket: SocketOption = None,
+    once: Annotated[bool, typer.Option("--once", help="Print one snapshot and end.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One snapshot as JSON.")] = False,
+    interval: Annotated[
+        float, typer.Option(min=0.1, max=60.0, help="Seconds between snapshots.")
+    ] = 1.0,
+) -> None:
+    """Watch the running server: who has the device, queues, SLOs, switches, memory."""
+    from aegaeon.server.history import History
+    from aegaeon.server.tables import report
+
+    admin = _admin(pool, socket)
+    if not (once or as_json):
+        _watch(admin, interval)
+        return
+    snapshot = {"state": admin.get("/admin/state"), "timeline": admin.get("/admin/timeline")}
+    if as_json:
+        print(json.dumps(snapshot))
+        return
+    history, console = History(), Console()
+    history.add(snapshot)
+    console.print(report(history, width=console.width))
 
 
 @app.command()
@@ -256,6 +283,20 @@ def _admin(pool_file: Path | None, socket: Path | None) -> "AdminClient":
         named = config.load_pool(pool_file).admin.socket
         socket = None if named == "auto" else Path(named)
     return AdminClient(socket or find_admin_socket())
+
+
+def _watch(admin: "AdminClient", interval_s: float) -> None:
+    try:
+        from aegaeon.server.top import Top
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] != "textual":
+            raise
+        raise AegaeonError(
+            "the live screen needs textual: pip install 'aegaeon-kernels[top]'; "
+            "`aegaeon top --once` does without"
+        ) from None
+    admin.get("/admin/state")  # a server that is not there is said before the screen is taken
+    Top(lambda: admin.events(interval_s=interval_s, parts=("timeline",))).run()
 
 
 def _order(verb: str, model: str, pool: Path | None, socket: Path | None, as_json: bool) -> None:

@@ -1,6 +1,9 @@
 """What a real server tells of itself, and that its documentation says the same."""
 
+import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -130,3 +133,22 @@ def test_an_answer_carries_its_request_id_and_so_does_its_body(server):
     answer = complete(server, "llama", headers={"x-request-id": "job-42"})
     assert answer.headers["x-request-id"] == "job-42"
     assert "job-42" in answer.json()["id"]
+
+
+def test_top_shows_a_real_server(server):
+    def top(option: str) -> str:
+        command = [sys.executable, "-m", "aegaeon", "top", option]
+        return subprocess.run(
+            [*command, "--socket", str(server.admin_socket)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        ).stdout
+
+    for name in NAMES:
+        complete(server, name)
+    assert "on the device: qwen3" in top("--once")
+    answer = json.loads(top("--json"))
+    assert [model["name"] for model in answer["state"]["models"]] == list(NAMES)
+    assert answer["timeline"]["slices"]

@@ -4,7 +4,7 @@ import json
 import os
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -15,6 +15,8 @@ from aegaeon.core.errors import AegaeonError
 
 RUNTIME_DIR_PREFIX = "aegaeon-"
 SOCKET_NAME = "admin.sock"
+# Only a form: what is asked is the socket.
+_BASE_URL = "http://localhost"
 
 
 class AdminError(AegaeonError):
@@ -66,18 +68,28 @@ class AdminClient:
         """load, unload, pin or unpin; returns when it is done, however long it takes."""
         return self._ask("POST", f"/admin/models/{quote(model)}/{verb}", timeout_s=None)
 
-    def events(self, *, interval_s: float) -> Iterator[tuple[str, Any]]:
-        """(`snapshot` or `error`, data), without end; raises AdminError when the server ends."""
+    async def events(
+        self, *, interval_s: float = 1.0, parts: Sequence[str] = ("switches",)
+    ) -> AsyncIterator[tuple[str, Any]]:
+        """(`snapshot` or `error`, data), without end; raises AdminError when the server ends.
+
+        parts: what comes beside the state: switches, timeline.
+        """
+        self._must_be_there()
+        query = {"interval_s": f"{interval_s:g}", "with": ",".join(parts)}
+        transport = httpx.AsyncHTTPTransport(uds=str(self._path))
         try:
-            with (
-                self._client(timeout_s=interval_s + 30.0) as client,
-                client.stream("GET", f"/admin/events?interval_s={interval_s:g}") as response,
+            async with (
+                httpx.AsyncClient(
+                    transport=transport, base_url=_BASE_URL, timeout=interval_s + 30.0
+                ) as client,
+                client.stream("GET", "/admin/events", params=query) as response,
             ):
                 if response.is_error:
-                    response.read()
+                    await response.aread()
                     raise _refusal(response)
                 event = ""
-                for line in response.iter_lines():
+                async for line in response.aiter_lines():
                     if line.startswith("event: "):
                         event = line.removeprefix("event: ")
                     elif line.startswith("data: "):
@@ -87,6 +99,7 @@ class AdminClient:
         raise AdminError(f"the server at {self._path} has ended")
 
     def _ask(self, method: str, path: str, *, timeout_s: float | None) -> Any:
+        self._must_be_there()
         try:
             with self._client(timeout_s) as client:
                 response = client.request(method, path)
@@ -98,11 +111,14 @@ class AdminClient:
 
     def _client(self, timeout_s: float | None) -> httpx.Client:
         transport = httpx.HTTPTransport(uds=str(self._path))
-        return httpx.Client(transport=transport, base_url="http://localhost", timeout=timeout_s)
+        return httpx.Client(transport=transport, base_url=_BASE_URL, timeout=timeout_s)
+
+    def _must_be_there(self) -> None:
+        # httpx would leave its socket open when nobody answers.
+        if not is_answered(self._path):
+            raise AdminError(f"no server listens on {self._path}")
 
     def _unreachable(self, error: httpx.HTTPError) -> AdminError:
-        if isinstance(error, httpx.ConnectError):
-            return AdminError(f"no server listens on {self._path}")
         return AdminError(f"the server at {self._path} does not answer: {error}")
 
 

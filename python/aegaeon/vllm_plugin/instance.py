@@ -14,7 +14,6 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import asdict
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -27,15 +26,15 @@ from aegaeon.core.config import ModelConfig
 from aegaeon.core.control import Channel, InstanceSpec, answer, failed_answer
 from aegaeon.core.errors import AegaeonError, ConfigError
 from aegaeon.sched.admission import Admission
-from aegaeon.sched.meter import Meter, attainment_of
+from aegaeon.sched.meter import Meter
 from aegaeon.sched.metrics import LoopCollector
 from aegaeon.sched.policies import make_policy
 from aegaeon.sched.step_loop import StepLoop
-from aegaeon.sched.usage import ModelUsage
 from aegaeon.switching.image_cache import ImageCache
 from aegaeon.switching.metrics import SwitchMetrics
 from aegaeon.switching.orders import ORDERS, carry_out
-from aegaeon.switching.snapshot import describe, records_of, state_of
+from aegaeon.switching.snapshot import describe, records_of
+from aegaeon.vllm_plugin.facts import instance_state, timeline
 
 logger = logging.getLogger(__name__)
 
@@ -98,23 +97,11 @@ class Instance:
 
     def state(self) -> dict[str, Any]:
         """A snapshot for the admin interface; callable from any thread."""
-        state = state_of(self.switcher, self.clock, self.loop.loads())
-        usage = self.loop.usage.totals()
-        for model in state["models"]:
-            model["slo"] = attainment_of(self._meters[model["name"]])
-            model["usage"] = asdict(usage.get(model["name"], ModelUsage()))
-        state["switches"]["seconds"] = self.metrics.seconds()
-        return {**state, "loop": asdict(self.loop.counters)}
+        return instance_state(self.switcher, self.loop, self.metrics, self._meters, self.clock)
 
     def timeline(self, since: int = 0) -> dict[str, Any]:
         """Who had the device lately, from slice `since` on; callable from any thread."""
-        usage = self.loop.usage
-        return {
-            "slice_s": usage.slice_s,
-            "slices": [
-                {"number": number, "models": shares} for number, shares in usage.slices(since)
-            ],
-        }
+        return timeline(self.loop, since)
 
     def switch_records(self, since: float | None = None) -> list[dict[str, Any]]:
         """The last switches, oldest first; callable from any thread.
