@@ -46,7 +46,7 @@ COMPOSITION = frozenset(
     f"aegaeon.{name}"
     for name in (
         *("__main__", "cli", "demo", "demo_report", "generate", "local_server"),
-        *("instance_process", "launch", "listeners", "pool_check"),
+        *("instance_process", "launch", "listeners", "pool_check", "stop_request", "supervisor"),
     )
 )
 COMPOSITION_USES = frozenset(

@@ -2,11 +2,12 @@
 
 import asyncio
 import os
+import queue
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -14,9 +15,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from aegaeon.core import envs
-from aegaeon.core.config import PoolConfig
+from aegaeon.core.config import ModelConfig, PoolConfig
 from aegaeon.core.control import Channel, InstanceSpec, answered_error
-from aegaeon.core.errors import AegaeonError, ConfigError, InstanceDied, ModelLoadError
+from aegaeon.core.errors import (
+    AegaeonError,
+    ConfigError,
+    DeviceLost,
+    InstanceDied,
+    ModelLoadError,
+)
 from aegaeon.pool_check import resolve_device, resolve_device_memory, resolve_host_kv_memory
 
 _T = TypeVar("_T")
@@ -26,28 +33,44 @@ ANSWER_TIMEOUT_S = 5.0
 
 
 class InstanceProcess:
-    """The instance: started here, asked, watched, and ended by `stop`."""
+    """The instance: started here, asked, watched, and ended by `stop`.
 
-    def __init__(self, pool: PoolConfig, runtime_dir: Path) -> None:
+    pool, models: what it hosts. runtime_dir: removed by the instance when this process is gone.
+    socket_dir: takes the sockets of the engine cores.
+    Only from the main thread: the instance is told when the thread that started it ends.
+    """
+
+    def __init__(
+        self,
+        pool: PoolConfig,
+        models: Sequence[ModelConfig],
+        *,
+        runtime_dir: Path,
+        socket_dir: Path,
+    ) -> None:
         self.device = resolve_device(pool)
         self.device_kind = "host" if self.device == "host" else "cuda"
+        self.models = {model.name: model for model in models}
         self.addresses = {
             model.name: {
-                "input_address": f"ipc://{runtime_dir}/{index}.in",
-                "output_address": f"ipc://{runtime_dir}/{index}.out",
+                "input_address": f"ipc://{socket_dir}/{index}.in",
+                "output_address": f"ipc://{socket_dir}/{index}.out",
             }
-            for index, model in enumerate(pool.models)
+            for index, model in enumerate(models)
         }
         ours, theirs = Pipe()
         self._process = _spawn_instance(theirs, self.device)
         theirs.close()
         self._channel = Channel(ours)
+        # Sent by a thread: an instance that does not read must not hold up the event loop.
+        self._outgoing: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        threading.Thread(target=self._send, name="instance-orders", daemon=True).start()
         self._answers: dict[int, asyncio.Future[Any]] = {}
         self._next_question = 0
         self._loaded: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
         self._died = asyncio.Event()
         self._failure: AegaeonError | None = None
-        self._channel.send(
+        self._outgoing.put(
             InstanceSpec(
                 # The process sees the one GPU that it uses, and so do vLLM and the arena in it.
                 device="host" if self.device == "host" else "cuda:0",
@@ -59,7 +82,7 @@ class InstanceProcess:
                 quantum=pool.scheduler.quantum,
                 image_cache_directory=pool.image_cache.directory,
                 image_cache_max_bytes=pool.image_cache.max_size,
-                models=pool.models,
+                models=tuple(models),
                 addresses=self.addresses,
             ).to_message()
         )
@@ -70,6 +93,13 @@ class InstanceProcess:
         threading.Thread(
             target=self._receive, args=(loop,), name="instance-control", daemon=True
         ).start()
+
+    def _send(self) -> None:
+        while (message := self._outgoing.get()) is not None:
+            try:
+                self._channel.send(message)
+            except OSError:
+                return  # it is gone, which the receiving thread reports
 
     def _receive(self, loop: asyncio.AbstractEventLoop) -> None:
         while True:
@@ -89,6 +119,8 @@ class InstanceProcess:
             case {"event": "load_failed"}:
                 # Kept aside: the start may be waiting for an earlier model, not for this message.
                 self._failure = _load_error(message)
+            case {"event": "device_lost", "message": reason}:
+                self._failure = DeviceLost(str(reason))
             case {"answer": number}:
                 future = self._answers.get(number)
                 if future is None or future.done():
@@ -130,45 +162,53 @@ class InstanceProcess:
 
         Raises InstanceDied when it is gone, TimeoutError, and the error that it answers with.
         """
+        if self._died.is_set():
+            raise self.death()
         number = self._next_question
         self._next_question += 1
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._answers[number] = future
         try:
-            self._channel.send({"ask": question, "id": number, "with": arguments})
+            self._outgoing.put({"ask": question, "id": number, "with": arguments})
             return await asyncio.wait_for(future, timeout_s)
-        except (OSError, asyncio.CancelledError):
-            if self._died.is_set():
+        except asyncio.CancelledError:
+            if self._died.is_set() and future.cancelled():
                 raise self.death() from None
             raise
         finally:
             self._answers.pop(number, None)
 
-    def alive(self) -> bool:
-        return not self._died.is_set() and self._process.poll() is None
-
     async def wait_for_death(self) -> None:
         await self._died.wait()
 
     def death(self) -> AegaeonError:
-        """Why the instance is gone: the model that could not be loaded, or its exit status."""
+        """Why the instance is gone: what it has reported, or its exit status."""
         if self._failure is not None:
             return self._failure
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=1.0)
         return InstanceDied(self.device, self._process.returncode)
 
+    def kill(self) -> None:
+        """End it at once, as one does with what does not listen any more."""
+        if self._process.poll() is None:
+            _kill_group(self._process.pid)
+
     def stop(self) -> None:
-        """End the process: politely, then not."""
-        with suppress(OSError):
-            self._channel.send({"ask": "stop"})
-        try:
+        """End the process, politely, then not, and what it has started; none is left afterwards."""
+        self._outgoing.put({"ask": "stop"})
+        with suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=STOP_GRACE_S)
-        except subprocess.TimeoutExpired:
-            # The group: vLLM may be inspecting a model in a process of its own.
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+        # The group: vLLM may be inspecting a model in a process of its own, which outlives it.
+        _kill_group(self._process.pid)
+        self._process.wait()
+        self._outgoing.put(None)
         self._channel.close()
+
+
+def _kill_group(group: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
 
 
 def _load_error(message: Mapping[str, Any]) -> AegaeonError:

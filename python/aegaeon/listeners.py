@@ -5,7 +5,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import uvicorn
 
@@ -21,10 +21,11 @@ class Server(uvicorn.Server):
         yield
 
 
-def uvicorn_config(app: Any, *, lifespan: Literal["on", "off"]) -> uvicorn.Config:
+def uvicorn_config(app: Any) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        lifespan=lifespan,
+        lifespan="off",
+        ws="none",
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=1,

@@ -40,13 +40,13 @@ class Front:
 
         app = Starlette(routes=[Route(PATH, complete, methods=["POST"])])
         router = Router(
-            [ServedModel(name="a", aliases=("alias",), app=app, cards=cards)],
             limits=Limits(max_body_bytes=200, max_open_requests=options.pop("max_open", 2)),
             metrics=text,
             states=states,
-            alive=lambda: True,
             **options,
         )
+        model = ServedModel(name="a", aliases=("alias",), app=app, cards=cards)
+        asyncio.run(router.resume([model]))
         self.metrics = FrontMetrics(["a"], router.num_open)
         ended = (self.metrics.ended, self.exchanges.append)
         self.app = Observed(router, clock=MonotonicClock(), ended=ended)

@@ -1,91 +1,234 @@
-"""The open requests of a model: what is kept up to date equals what is counted anew."""
+"""Requests that are ended from outside, at every stage of their answer."""
 
-import math
+import asyncio
+import json
+from typing import Any
 
+import httpx
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
 
-from aegaeon.sched.open_requests import OpenRequests
-from aegaeon.sched.scheduler import NO_WORK, RequestView, Work
+from aegaeon.core.serving import ServedModel
+from aegaeon.server.app import Limits, Router
+from aegaeon.server.open_requests import Unavailable
 
-
-def test_the_next_token_is_due_by_the_schedule_of_the_slo():
-    request = RequestView("r", 5.0, 10, tokens_done=4, ttft_s=2.0, tpot_s=0.5)
-    assert request.due_s == 5.0 + 2.0 + 4 * 0.5
-
-
-def test_no_requests_ask_for_nothing():
-    requests = OpenRequests()
-    assert requests.work is NO_WORK
-    requests.add(RequestView("r", 0.0, 10))
-    requests.remove("r")
-    assert requests.work == NO_WORK
-    assert math.isinf(requests.work.first_due_s)
+GONE = Unavailable("instance_restarting", "it ended by signal 9", retry_after_s=7)
+CHAT = "/v1/chat/completions"
 
 
-def test_an_open_id_is_refused():
-    requests = OpenRequests()
-    requests.add(RequestView("r", 0.0, 10))
-    with pytest.raises(ValueError, match="already open"):
-        requests.add(RequestView("r", 1.0, 10))
+async def router_over(endpoint: Any, path: str = CHAT) -> Router:
+    async def nothing() -> Any:
+        return {}
 
+    async def cards() -> list[dict[str, Any]]:
+        return []
 
-def summed_anew(waiting: list[RequestView], decoding: list[RequestView]) -> Work:
-    everyone = waiting + decoding
-    if not everyone:
-        return NO_WORK
-    return Work(
-        oldest_arrival_s=min(r.arrival_s for r in everyone),
-        oldest_waiting_s=min((r.arrival_s for r in waiting), default=math.inf),
-        first_due_s=min((r.due_s for r in waiting), default=math.inf),
-        next_due_s=min((r.due_s for r in decoding), default=math.inf),
-        tpot_s=min(r.tpot_s for r in everyone),
-        priority=min(r.priority for r in everyone),
-        first_prompt_tokens=waiting[0].prompt_tokens + waiting[0].tokens_done if waiting else 0,
-        prefill_tokens=sum(r.prompt_tokens + r.tokens_done for r in waiting),
-        context_tokens=sum(r.prompt_tokens + r.tokens_done for r in decoding),
+    router = Router(
+        limits=Limits(max_body_bytes=1000, max_open_requests=9), metrics=nothing, states=nothing
     )
+    app = Starlette(routes=[Route(path, endpoint, methods=["POST"])])
+    await router.resume([ServedModel(name="m", aliases=(), app=app, cards=cards)])
+    return router
 
 
-def one_token_more(request: RequestView) -> RequestView:
-    return RequestView(
-        request.id, request.arrival_s, request.prompt_tokens, request.tokens_done + 1, True,
-        request.ttft_s, request.tpot_s, request.priority,
-    )  # fmt: skip
+class Exchange:
+    """One request over raw ASGI, so that what is sent can be seen while it is not complete."""
+
+    def __init__(self, router: Router, path: str = CHAT) -> None:
+        self.sent: list[Any] = []
+        self._incoming: list[Any] = [{"type": "http.request", "body": b'{"model": "m"}'}]
+        scope = {"type": "http", "method": "POST", "path": path, "headers": [], "query_string": b""}
+        self.task = asyncio.ensure_future(router(scope, self._receive, self._send))
+
+    async def _receive(self) -> Any:
+        if self._incoming:
+            return self._incoming.pop()
+        return await asyncio.Event().wait()
+
+    async def _send(self, message: Any) -> None:
+        self.sent.append(message)
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(message.get("body", b"") for message in self.sent)
+
+    async def until(self, num_messages: int) -> None:
+        while len(self.sent) < num_messages:
+            await asyncio.sleep(0.001)
 
 
-@given(st.data())
-def test_the_kept_sum_equals_a_new_one(data):
-    requests = OpenRequests()
-    waiting: list[RequestView] = []
-    decoding: list[RequestView] = []
-    for serial in range(data.draw(st.integers(1, 25))):
-        action = data.draw(st.sampled_from(["add", "prefill", "step", "remove", "preempt"]))
-        if action == "add":
-            waiting.append(
-                RequestView(
-                    f"r{serial}",
-                    float(serial),
-                    data.draw(st.integers(1, 100)),
-                    ttft_s=data.draw(st.sampled_from([1.0, 2.0, 8.0])),
-                    tpot_s=data.draw(st.sampled_from([0.125, 0.25, 0.5])),
-                    priority=data.draw(st.integers(-2, 2)),
-                )
-            )
-            requests.add(waiting[-1])
-        elif action == "prefill" and waiting:
-            decoding.append(one_token_more(waiting.pop(0)))
-            requests.prefilled(decoding[-1].id)
-        elif action == "step":
-            decoding = [one_token_more(r) for r in decoding]
-            requests.decoded_all()
-        elif action == "remove" and decoding:
-            requests.remove(decoding.pop(data.draw(st.integers(0, len(decoding) - 1))).id)
-        elif action == "preempt" and decoding:
-            waiting.insert(0, decoding.pop())
-            requests.preempted(waiting[0].id)
-        assert requests.work == summed_anew(waiting, decoding)
-        assert (requests.num_waiting, requests.num_decoding) == (len(waiting), len(decoding))
-        assert list(requests.waiting_ids) == [r.id for r in waiting]
-        assert all(requests.due_s(r.id) == r.due_s for r in waiting + decoding)
+async def never(request: Request) -> Response:
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+async def one_event(request: Request) -> Response:
+    async def events():
+        yield 'data: {"token": 1}\n\n'
+        await asyncio.Event().wait()
+
+    return StreamingResponse(events(), media_type="text/event-stream")
+
+
+async def half_a_body(request: Request) -> Response:
+    async def halves():
+        yield '{"first": '
+        await asyncio.Event().wait()
+
+    return StreamingResponse(halves(), media_type="application/json")
+
+
+def test_a_request_without_an_answer_yet_is_a_503_that_says_when_to_come_back():
+    async def run() -> Exchange:
+        router = await router_over(never)
+        exchange = Exchange(router)
+        await asyncio.sleep(0.01)
+        assert router.num_open() == 1
+        await router.suspend(GONE)
+        await asyncio.wait_for(exchange.task, 2.0)
+        assert router.num_open() == 0
+        return exchange
+
+    exchange = asyncio.run(run())
+    start = exchange.sent[0]
+    assert start["status"] == 503
+    assert (b"retry-after", b"7") in start["headers"]
+    error = json.loads(exchange.body)["error"]
+    assert (error["code"], error["message"]) == ("instance_restarting", "it ended by signal 9")
+
+
+@pytest.mark.parametrize(
+    ("path", "last"),
+    [
+        (CHAT, b'data: {"error": {"message": "it ended by signal 9"'),
+        ("/v1/responses", b'event: error\ndata: {"message": "it ended by signal 9"'),
+        ("/v1/messages", b'event: error\ndata: {"type": "error", "error": {"type": "api_error"'),
+    ],
+)
+def test_a_stream_ends_with_an_error_event_of_its_api(path, last):
+    async def run() -> Exchange:
+        router = await router_over(one_event, path)
+        exchange = Exchange(router, path)
+        await exchange.until(2)
+        await router.suspend(GONE)
+        await asyncio.wait_for(exchange.task, 2.0)
+        return exchange
+
+    exchange = asyncio.run(run())
+    assert exchange.body.startswith(b'data: {"token": 1}\n\n')
+    assert exchange.sent[-1]["body"].startswith(last)
+    assert exchange.sent[-1]["more_body"] is False
+
+
+def test_half_an_answer_is_never_made_to_look_complete():
+    async def run() -> Exchange:
+        router = await router_over(half_a_body)
+        exchange = Exchange(router)
+        await exchange.until(2)
+        await router.suspend(GONE)
+        await asyncio.wait_for(exchange.task, 2.0)
+        return exchange
+
+    exchange = asyncio.run(run())
+    assert exchange.body == b'{"first": '
+    assert all(message.get("more_body", True) for message in exchange.sent)
+
+
+def test_an_application_that_does_not_listen_is_not_heard_any_more():
+    """It goes on after its task was cancelled, and what it then sends reaches nobody."""
+
+    async def deaf(request: Request) -> Response:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            return JSONResponse({"late": True})
+        raise AssertionError
+
+    async def run() -> Exchange:
+        router = await router_over(deaf)
+        exchange = Exchange(router)
+        await asyncio.sleep(0.01)
+        await router.suspend(GONE)
+        await asyncio.wait_for(exchange.task, 2.0)
+        return exchange
+
+    exchange = asyncio.run(run())
+    assert exchange.sent[0]["status"] == 503
+    assert b"late" not in exchange.body
+
+
+def test_a_client_that_does_not_read_holds_up_nobody():
+    async def run() -> None:
+        router = await router_over(never)
+        scope = {"type": "http", "method": "POST", "path": CHAT, "headers": []}
+        incoming = [{"type": "http.request", "body": b'{"model": "m"}'}]
+
+        async def receive() -> Any:
+            return incoming.pop() if incoming else await asyncio.Event().wait()
+
+        async def send(message: Any) -> None:
+            await asyncio.Event().wait()
+
+        task = asyncio.ensure_future(router(scope, receive, send))
+        await asyncio.sleep(0.01)
+        await router.suspend(GONE)
+        await asyncio.wait_for(task, 2.0)
+
+    asyncio.run(run())
+
+
+def test_who_cancels_the_request_from_elsewhere_still_can():
+    async def run() -> None:
+        router = await router_over(never)
+        exchange = Exchange(router)
+        await asyncio.sleep(0.01)
+        exchange.task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await exchange.task
+        assert exchange.sent == []
+        assert router.num_open() == 0
+
+    asyncio.run(run())
+
+
+def test_after_a_restart_the_new_applications_are_asked():
+    async def fine(request: Request) -> Response:
+        return JSONResponse({"by": "the second"})
+
+    async def run() -> list[httpx.Response]:
+        router = await router_over(never)
+        transport = httpx.ASGITransport(router)
+        async with httpx.AsyncClient(transport=transport, base_url="http://pool") as client:
+            await router.suspend(GONE)
+            answers = [
+                await client.post(CHAT, json={"model": "m"}),
+                await client.get("/health"),
+            ]
+
+            async def cards() -> list[dict[str, Any]]:
+                return []
+
+            app = Starlette(routes=[Route(CHAT, fine, methods=["POST"])])
+            await router.resume([ServedModel(name="m", aliases=(), app=app, cards=cards)])
+            answers += [
+                await client.post(CHAT, json={"model": "m"}),
+                await client.get("/health"),
+            ]
+            router.report_stalled(Unavailable("instance_stalled", "for 9 s", retry_after_s=1))
+            answers += [
+                await client.get("/health"),
+                await client.post(CHAT, json={"model": "m"}),
+            ]
+            router.report_stalled(None)
+            router.refuse(Unavailable("draining", "about to end", retry_after_s=1))
+            answers.append(await client.post(CHAT, json={"model": "m"}))
+        return answers
+
+    answers = asyncio.run(run())
+    assert [answer.status_code for answer in answers] == [503, 503, 200, 200, 503, 200, 503]
+    assert answers[0].headers["retry-after"] == "7"
+    assert answers[1].json()["error"]["code"] == "instance_restarting"
+    assert answers[4].json()["error"]["code"] == "instance_stalled"

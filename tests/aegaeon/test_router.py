@@ -16,8 +16,10 @@ from aegaeon.core.errors import ConfigError, InstanceDied
 from aegaeon.core.serving import ServedModel
 from aegaeon.server.app import Limits, Router
 from aegaeon.server.auth import ApiKeys
+from aegaeon.server.open_requests import Unavailable
 
 CHAT = "/v1/chat/completions"
+GONE = Unavailable("instance_restarting", "it ended by signal 9", retry_after_s=7)
 
 
 def echo_app(name: str, lifespan: Any = None) -> Starlette:
@@ -44,7 +46,9 @@ def served(name: str, *aliases: str, app: Any = None) -> ServedModel:
     return ServedModel(name=name, aliases=aliases, app=app or echo_app(name), cards=cards)
 
 
-def make_router(*models: ServedModel, alive: bool = True, **options: Any) -> Router:
+def make_bare_router(*, alive: bool = True, **options: Any) -> Router:
+    """Has no models yet."""
+
     async def metrics() -> str:
         return "aegaeon_switches_total 3\n"
 
@@ -54,14 +58,15 @@ def make_router(*models: ServedModel, alive: bool = True, **options: Any) -> Rou
         return {"a": "resident", "b": "host"}
 
     limits = options.pop("limits", Limits(max_body_bytes=1000, max_open_requests=2))
-    return Router(
-        models or (served("a", "alias-a"), served("b")),
-        limits=limits,
-        metrics=metrics,
-        states=states,
-        alive=lambda: alive,
-        **options,
-    )
+    return Router(limits=limits, metrics=metrics, states=states, **options)
+
+
+def make_router(*models: ServedModel, alive: bool = True, **options: Any) -> Router:
+    router = make_bare_router(alive=alive, **options)
+    asyncio.run(router.resume(models or (served("a", "alias-a"), served("b"))))
+    if not alive:
+        asyncio.run(router.suspend(GONE))
+    return router
 
 
 def call(router: Router, method: str, path: str, **kwargs: Any) -> httpx.Response:
@@ -192,13 +197,9 @@ def test_metrics_of_an_instance_that_is_gone_are_a_503(error):
     async def gone() -> dict[str, str]:
         raise error
 
-    router = Router(
-        [served("a")],
-        limits=Limits(max_body_bytes=1000, max_open_requests=2),
-        metrics=metrics,
-        states=gone,
-        alive=lambda: False,
-    )
+    limits = Limits(max_body_bytes=1000, max_open_requests=2)
+    router = Router(limits=limits, metrics=metrics, states=gone)
+    asyncio.run(router.resume([served("a")]))
     response = call(router, "GET", "/metrics")
     assert response.status_code == 503
     assert error_of(response)["code"] == "instance_down"
@@ -318,25 +319,15 @@ def test_the_lifespans_of_all_applications_are_run():
 
         return lifespan
 
-    router = make_router(
-        served("a", app=echo_app("a", lifespan_of("a"))),
-        served("b", app=echo_app("b", lifespan_of("b"))),
-    )
-    incoming = [{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}]
-    sent: list[dict[str, Any]] = []
+    async def run() -> None:
+        router = make_bare_router()
+        apps = [served(name, app=echo_app(name, lifespan_of(name))) for name in "ab"]
+        await router.resume(apps)
+        assert events == ["start a", "start b"]
+        await router.suspend(GONE)
 
-    async def receive():
-        return incoming.pop(0)
-
-    async def send(message):
-        sent.append(message)
-
-    asyncio.run(router({"type": "lifespan"}, receive, send))
+    asyncio.run(run())
     assert events == ["start a", "start b", "stop b", "stop a"]
-    assert [message["type"] for message in sent] == [
-        "lifespan.startup.complete",
-        "lifespan.shutdown.complete",
-    ]
 
 
 def test_the_models_own_error_body_is_passed_on():

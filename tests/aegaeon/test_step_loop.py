@@ -491,3 +491,56 @@ def test_what_is_removed_is_not_run_and_its_name_is_free():
     loop.add(CountingEngine("a", 1, journal))
     loop.run_until_idle()
     assert journal[-2:] == ["switch to a", "a"]
+
+
+def test_the_loop_says_how_long_nothing_has_come_of_its_work():
+    journal: list[str] = []
+    engine = CountingEngine("a", 1, journal)
+    loop, clock = make_loop(1, engine)
+    loop.run_turn()
+    assert loop.progress.stuck_s() == 0.0
+    engine.work, engine.executes = 5, False
+    for _ in range(3):
+        clock.advance(1.0)
+        loop.run_turn()
+    assert loop.progress.stuck_s() == 3.0
+    assert loop.progress.doing == "a step of a"
+    engine.executes = True
+    clock.advance(1.0)
+    loop.run_turn()
+    assert loop.progress.stuck_s() == 0.0
+
+
+def test_a_loop_without_work_is_not_stuck():
+    loop, clock = make_loop(1, CountingEngine("a", 0, []))
+    for _ in range(3):
+        clock.advance(100.0)
+        assert not loop.run_turn()
+    assert loop.progress.stuck_s() == 0.0
+
+
+def test_switches_that_fail_are_no_progress():
+    loop, clock = make_loop(1, CountingEngine("a", 1, []), failures={"a": 3})
+    for _ in range(3):
+        loop.run_turn()
+        clock.advance(7.0)
+    assert loop.progress.stuck_s() == 21.0
+    assert loop.progress.doing == "switching to a"
+    loop.run_turn()
+    assert loop.progress.stuck_s() == 0.0
+
+
+def test_what_the_caller_raises_about_a_failed_model_ends_the_loop():
+    told: list[str] = []
+
+    def lost(model: str, error: BaseException) -> None:
+        told.append(model)
+        raise AegaeonError("the device is lost") from error
+
+    engine = CountingEngine("a", 3, [], raises_at=2)
+    loop, _ = make_loop(1, engine)
+    loop.on_failure = lost
+    with pytest.raises(AegaeonError, match="device is lost"):
+        loop.run()
+    assert told == ["a"]
+    assert engine.error is not None

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -71,3 +72,11 @@ def plain_vllm() -> Callable[..., dict[str, list[list[int]]]]:
         return known[key]
 
     return run
+
+
+@pytest.fixture
+def tmpdir_of_servers(tmp_path, monkeypatch) -> Path:
+    folder = tmp_path / "t"
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    return folder

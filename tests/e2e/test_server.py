@@ -7,41 +7,30 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import openai
-import psutil
 import pytest
 import yaml
-from e2e_support import KV_MEMORY, MAX_MODEL_LEN, job_for
+from e2e_support import (
+    BODY_LIMIT,
+    CHAT,
+    chat,
+    children_of,
+    gauge,
+    leftovers,
+    start,
+    wait_until,
+    write_pool,
+)
 
 from aegaeon.local_server import LocalServer, local_server
 
 pytestmark = pytest.mark.vllm
 
 NAMES = ("llama", "qwen3", "gemma")
-BODY_LIMIT = 1 << 20
-CHAT = "/v1/chat/completions"
-
-
-def write_pool(folder: Path, models: dict[str, str], **changes: Any) -> Path:
-    pool = {
-        "device": "host",
-        "device_memory": job_for(models, {})["device_memory"],
-        "defaults": {"kv_memory": KV_MEMORY, "max_model_len": MAX_MODEL_LEN},
-        "models": [{"model": path, "name": name} for name, path in models.items()],
-        "scheduler": {"quantum": 2},
-        "server": {"max_body_bytes": BODY_LIMIT},
-        "admin": {"socket": str(folder / "admin.sock")},
-        **changes,
-    }
-    file = folder / "pool.yaml"
-    file.write_text(yaml.safe_dump(pool))
-    return file
 
 
 @pytest.fixture(scope="module")
@@ -57,24 +46,6 @@ def server(tiny_models, tmp_path_factory) -> Iterator[LocalServer]:
 def client(server) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=0) as made:
         yield made
-
-
-def chat(name: str, content: str = "Hello.", **options: Any) -> dict[str, Any]:
-    return {"model": name, "messages": [{"role": "user", "content": content}], **options}
-
-
-def gauge(server: LocalServer, metric: str, model: str) -> float:
-    for line in httpx.get(f"{server.address}/metrics").text.splitlines():
-        if line.startswith(f"{metric}{{") and f'model_name="{model}"' in line:
-            return float(line.rsplit(" ", 1)[1])
-    raise AssertionError(f"{metric} has no series for {model}")
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true"
-        time.sleep(0.05)
 
 
 def test_every_model_answers_the_official_client(client):
@@ -181,39 +152,6 @@ def test_the_admin_listener_is_for_this_user_alone_and_tells_the_state(server):
 # -- the life of the processes -------------------------------------------------------------------
 
 
-def leftovers(folder: Path) -> set[str]:
-    """What a server could leave behind outside of its own folder: shared memory that no process
-    has mapped (what others use is theirs), and its runtime folder.
-    """
-    mapped = ""
-    for maps in Path("/proc").glob("[0-9]*/maps"):
-        with suppress(OSError):
-            mapped += maps.read_text()
-    shared = {str(path) for path in Path("/dev/shm").iterdir() if str(path) not in mapped}
-    return shared | {str(path) for path in folder.glob("aegaeon-*")}
-
-
-@pytest.fixture
-def tmpdir_of_servers(tmp_path, monkeypatch) -> Path:
-    folder = tmp_path / "t"
-    folder.mkdir()
-    monkeypatch.setenv("TMPDIR", str(folder))
-    return folder
-
-
-def start(pool: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "aegaeon", "serve", str(pool), "--port", "0"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-
-
-def children_of(pid: int) -> list[psutil.Process]:
-    return psutil.Process(pid).children(recursive=True)
-
-
 @pytest.mark.parametrize("when", ["starting", "serving"])
 def test_ctrl_c_ends_everything_within_5_s(when, tiny_models, tmp_path, tmpdir_of_servers):
     pool = write_pool(tmp_path, tiny_models("llama"))
@@ -288,25 +226,6 @@ def test_when_the_instance_dies_during_the_start_the_server_ends(
     assert process.wait(timeout=20) == 1
     process.stdout.close()
     assert not list(tmpdir_of_servers.glob("aegaeon-*"))
-
-
-def test_when_the_instance_dies_its_requests_end_and_the_server_says_so(
-    tiny_models, tmp_path, tmpdir_of_servers
-):
-    process = start(write_pool(tmp_path, tiny_models("llama")))
-    assert process.stdout is not None
-    address = process.stdout.readline().split()[-1].removesuffix("/v1")
-    request = chat("llama", max_tokens=450, stream=True, ignore_eos=True)
-    with httpx.stream("POST", f"{address}{CHAT}", json=request, timeout=10) as response:
-        lines = response.iter_lines()
-        next(lines)
-        for child in children_of(process.pid):
-            if "aegaeon.vllm_plugin.instance" in child.cmdline():
-                child.kill()
-        rest = "\n".join(lines)
-    assert "error" in rest
-    assert process.wait(timeout=10) == 1
-    process.stdout.close()
 
 
 # -- pools that cannot be served -----------------------------------------------------------------

@@ -29,6 +29,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from . import envs
 from .errors import ConfigError
 from .units import (
+    DURATION_FORM,
     KEEP_ALIVE_FORM,
     SIZE_FORM,
     SIZE_OR_SHARE_FORM,
@@ -50,6 +51,7 @@ __all__ = [
     "SchedulerConfig",
     "ServerConfig",
     "Slo",
+    "SupervisionConfig",
     "format_bytes",
     "json_schema",
     "load_pool",
@@ -95,6 +97,12 @@ KeepAlive = Annotated[
     BeforeValidator(parse_keep_alive),
     PlainSerializer(lambda seconds: -1 if seconds is None else seconds, when_used="json"),
     WithJsonSchema({"type": ["number", "string"], "description": KEEP_ALIVE_FORM}),
+]
+Duration = Annotated[
+    float,
+    BeforeValidator(parse_duration),
+    Field(gt=0),
+    WithJsonSchema({"type": ["number", "string"], "description": DURATION_FORM}),
 ]
 Milliseconds = Annotated[float, Field(gt=0, le=3_600_000)]
 MaxModelLen = Annotated[int | None, Field(ge=1)]
@@ -213,6 +221,21 @@ class ServerConfig(_Strict):
     """Open requests per model beyond which new ones are answered 429."""
     max_body_bytes: Size = 16 << 20
     """Longest request body."""
+    drain_timeout: Duration = 30.0
+    """After SIGTERM new requests are refused, and open ones may go on for this long."""
+
+
+class SupervisionConfig(_Strict):
+    """What is done when the instance, the process with all models, dies or does not get on."""
+
+    stalled_after: Duration = 8.0
+    """`/health` turns 503 when the instance has not answered, or the step loop has achieved nothing
+    in spite of open requests, for this long."""
+    restart_after: KeepAlive = 120.0
+    """An instance that is stalled for this long is killed and started anew; -1: never."""
+    max_restarts: int = Field(default=5, ge=0)
+    """Restarts within `restart_window` after which the server ends instead."""
+    restart_window: Duration = 600.0
 
 
 class AdminConfig(_Strict):
@@ -261,6 +284,7 @@ class PoolConfig(_Strict):
     server: ServerConfig = ServerConfig()
     admin: AdminConfig = AdminConfig()
     image_cache: ImageCacheConfig = ImageCacheConfig()
+    supervision: SupervisionConfig = SupervisionConfig()
 
     def model(self, name: str) -> ModelConfig | None:
         """The model with that name or alias."""

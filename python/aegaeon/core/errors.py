@@ -68,11 +68,27 @@ class OrderRefused(AegaeonError):
     """
 
 
+class DeviceLost(AegaeonError):
+    """The device does not answer any more, or no model on it can be run.
+
+    Handled by the instance, which reports it to the launcher and ends: only a new process gets a
+    new context of the device.
+    """
+
+
+class RestartsExhausted(AegaeonError):
+    """The instance died too often. Handled by the command line: the server ends, status 1."""
+
+
+class InstanceUnavailable(AegaeonError):
+    """The instance is being started anew. Handled by the listeners: 503, with a `Retry-After`."""
+
+
 class InstanceDied(AegaeonError):
     """The engine process ended while requests were open.
 
-    Handled by the launcher: the front ends every open request with vLLM's own error for a dead
-    engine, then the server ends with status 1, so that a service manager starts it again.
+    Handled by the supervisor: every open request ends with an error that says so, and a new
+    instance is started.
     """
 
     def __init__(self, instance: str, exit_code: int | None) -> None:

@@ -18,6 +18,7 @@ from aegaeon.core.engine import Engine, EngineLoad, Residency
 from aegaeon.core.errors import AegaeonError
 from aegaeon.sched.cost import CostModel
 from aegaeon.sched.open_requests import OpenRequests
+from aegaeon.sched.progress import Progress
 from aegaeon.sched.scheduler import NO_WORK, ModelView, Policy, PoolState, RequestView, Turn, Work
 from aegaeon.sched.usage import DeviceUsage
 
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 RETRY_DELAYS_S = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4)
 # A step that ran no model although there is work (all blocks taken, a remote transfer pending).
 EMPTY_STEP_DELAY_S = 0.001
+# What the loop is said to do while it carries out a call of `between_steps`.
+ORDER = "carrying out an order"
 
 
 @dataclass
@@ -71,6 +74,8 @@ class StepLoop:
     usage: what each turn took of the device.
     recoverable: exceptions of `activate` after which everything is as before and a retry helps.
     seen: the state that the policy was asked with last, and when. Readable from any thread.
+    on_failure: called after a model was taken out of service; what it raises ends `run`.
+    progress: whether the loop gets on. Readable from any thread.
     """
 
     policy: Policy
@@ -82,8 +87,11 @@ class StepLoop:
     costs: CostModel = field(default_factory=CostModel)
     usage: DeviceUsage = field(default_factory=DeviceUsage)
     seen: tuple[PoolState, float] | None = None
+    on_failure: Callable[[str, BaseException], None] | None = None
+    progress: Progress = field(init=False)
 
     def __post_init__(self) -> None:
+        self.progress = Progress(self.clock)
         self._entries: dict[str, _Entry] = {}
         self._last: str | None = None
         self._stop = False
@@ -152,12 +160,15 @@ class StepLoop:
     def run_turn(self) -> bool:
         """One turn of one model. Returns False when no model could run."""
         self._make_calls()
+        self.progress.begin("taking in requests")
         self._poll()
         state, now = self._state(), self.clock.now()
         self.seen = state, now
         self.counters.decisions += 1
         turn = self.policy.next_turn(state, now)
         if turn is None:
+            if not any(model.has_work for model in state.models):
+                self.progress.rest()
             return False
         entry = self._entries[turn.model]
         self._last = turn.model
@@ -191,12 +202,14 @@ class StepLoop:
             function, future = self._calls.popleft()
             if not future.set_running_or_notify_cancel():
                 continue
+            self.progress.begin(ORDER)
             try:
                 result = function()
             except Exception as error:
                 future.set_exception(error)  # it is the caller's; the loop has no part in it
             else:
                 future.set_result(result)
+            self.progress.made()
 
     def _poll(self) -> None:
         for entry in list(self._entries.values()):
@@ -257,6 +270,7 @@ class StepLoop:
     def _activate(self, entry: _Entry, turn: Turn) -> bool:
         missing_bytes = self.residency.missing_bytes(entry.engine.name)
         started_s = self.clock.now()
+        self.progress.begin(f"switching to {entry.engine.name}")
         try:
             self.residency.activate(entry.engine.name, turn.evict_first)
         except self.recoverable as error:
@@ -273,7 +287,10 @@ class StepLoop:
             )
             return False
         entry.failures = 0
-        self.costs.observe_switch(missing_bytes, self.clock.now() - started_s)
+        now = self.clock.now()
+        if missing_bytes:
+            self.progress.made(now)
+        self.costs.observe_switch(missing_bytes, now - started_s)
         return True
 
     def _bring_in_ahead(self, turn: Turn) -> None:
@@ -291,6 +308,7 @@ class StepLoop:
         entry.summed = None  # it runs: its sum is made anew for the next decision
         began_s = self.clock.now()
         ends_s = began_s + turn.quota_s
+        self.progress.begin(f"a step of {name}")
         for _ in range(turn.max_steps):
             executed = entry.engine.run_step()
             self.counters.steps += 1
@@ -298,6 +316,7 @@ class StepLoop:
                 entry.blocked_until = self.clock.now() + EMPTY_STEP_DELAY_S
                 return
             entry.last_run_s = self.clock.now()
+            self.progress.made(entry.last_run_s)
             step_s = entry.last_run_s - began_s
             if decoding:
                 self.costs.observe_step(name, load.num_running, step_s)
@@ -320,6 +339,8 @@ class StepLoop:
         self.counters.failed_models += 1
         del self._entries[entry.engine.name]
         entry.engine.fail(error)
+        if self.on_failure is not None:
+            self.on_failure(entry.engine.name, error)
 
     def _idle_s(self) -> float:
         """Until the next blocked model with work may run; a second when there is none."""

@@ -24,6 +24,7 @@ from aegaeon.server.auth import ApiKeys
 from aegaeon.server.errors import error_response
 from aegaeon.server.exchange import note_model
 from aegaeon.server.objectives import BadObjective, objectives, with_objectives
+from aegaeon.server.open_requests import OpenRequest, Unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,8 @@ _MAX_JSON_DEPTH = 64
 _STRING_OR_BRACKET = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[{\]}]')
 # Parsing more than this is left to a thread, so that the streams of others go on meanwhile.
 _PARSED_AT_ONCE_BYTES = 64 << 10
+_STARTING = Unavailable("starting", "the models are being loaded", retry_after_s=5)
+_NO_ANSWER = Unavailable("instance_down", "the instance does not answer", retry_after_s=1)
 
 
 @dataclass(frozen=True)
@@ -74,46 +77,78 @@ class Limits:
 class Router:
     """The ASGI application of the pool.
 
-    models: in the pool's order.
+    Serves what `resume` has given it, until `suspend`. Only from the event loop's thread.
+
     metrics: the exposition text of `/metrics`.
     states: the state of each model, by name.
-    alive: whether the instance behind the models is running.
     admit: (model, about how many prompt tokens, TTFT in ms or None for the model's) -> 0.0, or in
     how many seconds a request may be tried again. None: all are let in.
     """
 
     def __init__(
         self,
-        models: Sequence[ServedModel],
         *,
         limits: Limits,
         metrics: Callable[[], Awaitable[str]],
         states: Callable[[], Awaitable[Mapping[str, str]]],
-        alive: Callable[[], bool],
         admit: Callable[[str, int, float | None], Awaitable[float]] | None = None,
         api_keys: ApiKeys | None = None,
     ) -> None:
-        self._models = tuple(models)
+        self._models: tuple[ServedModel, ...] = ()
         self._by_name: dict[str, ServedModel] = {}
-        for model in self._models:
-            for name in (model.name, *model.aliases):
-                self._by_name[name] = model
+        self._down: Unavailable | None = _STARTING
+        self._stalled: Unavailable | None = None
+        self._running = AsyncExitStack()
+        self._open: set[OpenRequest] = set()
         self._limits = limits
         self._metrics = metrics
         self._states = states
-        self._alive = alive
         self._admit = admit
         self._api_keys = api_keys
-        self._open_requests = dict.fromkeys((model.name for model in self._models), 0)
+        self._open_by_model: dict[str, int] = {}
 
-    def num_open(self, model: str) -> int:
-        """How many requests the application of `model` is answering."""
-        return self._open_requests[model]
+    # -- what the launcher says ------------------------------------------------------------
+
+    async def resume(self, models: Sequence[ServedModel]) -> None:
+        """Serve `models`, in this order, from now on. Raises what the start of theirs does."""
+        async with AsyncExitStack() as started:
+            for model in models:
+                await started.enter_async_context(_running(model.app))
+            self._running = started.pop_all()
+        self._models = tuple(models)
+        self._by_name = {
+            name: model for model in self._models for name in (model.name, *model.aliases)
+        }
+        self._open_by_model = dict.fromkeys((model.name for model in self._models), 0)
+        self._down = self._stalled = None
+
+    async def suspend(self, why: Unavailable) -> None:
+        """End the open requests with `why`, and answer later ones with it, until `resume`."""
+        self._down = why
+        for request in list(self._open):
+            request.end(why)
+        running, self._running = self._running, AsyncExitStack()
+        try:
+            await running.aclose()
+        except Exception:
+            # They are not used any more, and those that come after them do not share anything.
+            logger.exception("an application failed to stop")
+
+    def refuse(self, why: Unavailable) -> None:
+        """Answer new requests with `why`; the open ones go on."""
+        self._down = why
+
+    def report_stalled(self, why: Unavailable | None) -> None:
+        """Have `/health` say `why`; requests are still taken in. None: that is over."""
+        self._stalled = why
+
+    def num_open(self, model: str | None = None) -> int:
+        """How many requests the application of `model` is answering; None: those of all."""
+        return len(self._open) if model is None else self._open_by_model.get(model, 0)
+
+    # -- ASGI ------------------------------------------------------------------------------
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            await _lifespan(receive, send, [model.app for model in self._models])
-            return
         if scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1008, "reason": "HTTP only"})
             return
@@ -162,12 +197,15 @@ class Router:
         request = _parsed(body) if at_once else await asyncio.to_thread(_parsed, body)
         if isinstance(request, Response):
             return request
+        if self._down is not None:
+            return self._down.response()
         name = request["model"]
         model = self._by_name.get(name)
         if model is None:
             return self._unknown(name)
         note_model(scope, model.name)
-        if self._open_requests[model.name] >= self._limits.max_open_requests:
+        num_open = self._open_by_model  # of these models: after a restart there are others
+        if num_open[model.name] >= self._limits.max_open_requests:
             return error_response(
                 429,
                 f"{self._limits.max_open_requests} requests are open for the model {name!r}; "
@@ -185,16 +223,22 @@ class Router:
             refusal = await self._refusal(model, len(body), wanted)
             if refusal is not None:
                 return refusal
+            if self._down is not None:
+                return self._down.response()
             if wanted:
                 changed = with_objectives(request, wanted)
                 body = _dumped(changed) if at_once else await asyncio.to_thread(_dumped, changed)
                 scope = {**scope, "headers": _with_length(scope["headers"], len(body))}
-        self._open_requests[model.name] += 1
+        num_open[model.name] += 1
+        open_request = OpenRequest(scope, receive, send)
+        self._open.add(open_request)
         try:
             # The original `receive` goes on behind the body: a disconnect aborts the request.
-            await model.app(scope, _replayed(body, receive), send)
+            replayed = _replayed(body, receive)
+            await open_request.run(lambda relay: model.app(scope, replayed, relay))
         finally:
-            self._open_requests[model.name] -= 1
+            self._open.discard(open_request)
+            num_open[model.name] -= 1
         return None
 
     async def _refusal(
@@ -247,13 +291,14 @@ class Router:
     # -- all models ------------------------------------------------------------------------
 
     async def _health(self) -> Response:
-        return Response(status_code=200) if self._alive() else _instance_down()
+        why = self._down or self._stalled
+        return Response(status_code=200) if why is None else why.response()
 
     async def _exposition(self) -> Response:
         try:
             return PlainTextResponse(await self._metrics())
         except (AegaeonError, TimeoutError):
-            return _instance_down()
+            return (self._down or self._stalled or _NO_ANSWER).response()
 
     async def _cards(self) -> list[dict[str, Any]]:
         try:
@@ -281,12 +326,6 @@ class Router:
             code="model_not_found",
             param="model",
         )
-
-
-def _instance_down() -> Response:
-    return error_response(
-        503, "the instance is not running", type="server_error", code="instance_down"
-    )
 
 
 def _parsed(body: bytes) -> Mapping[str, Any] | Response:
@@ -352,21 +391,6 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
         return pending.pop() if pending else await receive()
 
     return replay
-
-
-async def _lifespan(receive: Receive, send: Send, apps: Sequence[AsgiApp]) -> None:
-    await receive()
-    try:
-        async with AsyncExitStack() as stack:
-            for app in apps:
-                await stack.enter_async_context(_running(app))
-            await send({"type": "lifespan.startup.complete"})
-            await receive()
-    except Exception as error:
-        logger.exception("an application failed to start or stop")
-        await send({"type": "lifespan.startup.failed", "message": str(error)})
-        return
-    await send({"type": "lifespan.shutdown.complete"})
 
 
 @asynccontextmanager

@@ -32,8 +32,10 @@ class Front:
         self._clients[model.name] = client
         app = await openai_app(client, namespace)
 
+        listed = app.state.openai_serving_models  # of the state: that ends with the application
+
         async def cards() -> list[dict[str, Any]]:
-            listing = await app.state.openai_serving_models.show_available_models()
+            listing = await listed.show_available_models()
             return [card.model_dump() for card in listing.data]
 
         return ServedModel(
@@ -49,5 +51,7 @@ class Front:
             report_death(client)
 
     def close(self) -> None:
+        """Let go of the engine cores; the models of another instance may be served afterwards."""
         for client in self._clients.values():
             client.shutdown()
+        self._clients.clear()

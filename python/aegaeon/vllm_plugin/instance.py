@@ -2,16 +2,17 @@
 
 Started by the launcher as `python -m aegaeon.vllm_plugin.instance FD`, where FD is its end of the
 control channel. It parses no HTTP; requests reach each engine core over vLLM's own sockets. It ends
-when it is told to, and at once when the launcher is gone.
+when it is told to, at once when the launcher is gone, and when its device is lost.
 """
 
+import ctypes
 import logging
 import os
 import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
@@ -24,12 +25,12 @@ from aegaeon.core import envs
 from aegaeon.core.clock import MonotonicClock
 from aegaeon.core.config import ModelConfig
 from aegaeon.core.control import Channel, InstanceSpec, answer, failed_answer
-from aegaeon.core.errors import AegaeonError, ConfigError
+from aegaeon.core.errors import AegaeonError, ConfigError, DeviceLost
 from aegaeon.sched.admission import Admission
 from aegaeon.sched.meter import Meter
 from aegaeon.sched.metrics import LoopCollector
 from aegaeon.sched.policies import make_policy
-from aegaeon.sched.step_loop import StepLoop
+from aegaeon.sched.step_loop import ORDER, StepLoop
 from aegaeon.switching.image_cache import ImageCache
 from aegaeon.switching.metrics import SwitchMetrics
 from aegaeon.switching.orders import ORDERS, carry_out
@@ -37,6 +38,8 @@ from aegaeon.switching.snapshot import describe, records_of
 from aegaeon.vllm_plugin.facts import instance_state, timeline
 
 logger = logging.getLogger(__name__)
+
+_PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 
 class Instance:
@@ -69,6 +72,7 @@ class Instance:
             residency=self.switcher,
             clock=clock,
             recoverable=(AegaeonError, ak.Error),
+            on_failure=self._look_at_the_device,
         )
         self.switcher.is_busy = self.loop.is_busy
         self._meters = {model.name: Meter(model.slo) for model in spec.models}
@@ -94,6 +98,25 @@ class Instance:
                 clock=self.clock,
             )
         self.loop.add(core, slo=model.slo, priority=model.priority)
+
+    def _look_at_the_device(self, model: str, error: BaseException) -> None:
+        """After a model has failed: whether anything can be run here any more.
+
+        An error of a kernel stays with the context of the device, and every later call fails with
+        it: what looks like one model's failure is the end of all.
+        """
+        try:
+            self._device.memory_info()
+        except ak.Error as broken:
+            raise DeviceLost(f"the device does not answer: {broken}") from error
+        if not any(True for _ in self.loop.engines):
+            raise DeviceLost(f"all models are out of service, {model} for: {error}") from error
+
+    def pulse(self) -> dict[str, Any]:
+        """Whether the step loop gets on; callable from any thread."""
+        progress = self.loop.progress
+        doing = progress.doing
+        return {"stuck_s": progress.stuck_s(), "doing": doing, "order": doing == ORDER}
 
     def state(self) -> dict[str, Any]:
         """A snapshot for the admin interface; callable from any thread."""
@@ -153,13 +176,18 @@ def run(spec: InstanceSpec, control: Channel) -> int:
             return 1
         control.send({"event": "loaded", "model": model.name})
     control.send({"event": "ready"})
-    instance.loop.run()
+    try:
+        instance.loop.run()
+    except DeviceLost as error:
+        control.send({"event": "device_lost", "message": str(error)})
+        return 1
     return 0
 
 
 def _serve_control(instance: Instance, control: Channel) -> None:
     """Answer the launcher's questions; when it is gone, end the process."""
     answers: dict[str, Callable[..., Any]] = {
+        "pulse": instance.pulse,
         "state": instance.state,
         "switches": instance.switch_records,
         "timeline": instance.timeline,
@@ -175,12 +203,25 @@ def _serve_control(instance: Instance, control: Channel) -> None:
                 done = instance.order(question, **arguments)
                 done.add_done_callback(partial(_report, control, message["id"]))
             else:
-                control.send(answer(message["id"], answers[question](**arguments)))
+                control.send(_answered(message["id"], answers[question], arguments))
     except OSError:
         pass  # it went away between the question and the answer
-    finally:
-        # Also after an answer that raised: without this thread nobody could stop the process.
-        _end_now(instance.runtime_dir)
+    # Nobody else is there to remove it.
+    shutil.rmtree(instance.runtime_dir, ignore_errors=True)
+    # Not a normal exit: engine cores may be in the middle of a step, which nobody waits for any
+    # more. Device memory and sockets are the process's own and go with it.
+    os._exit(1)
+
+
+def _answered(
+    number: int, question: Callable[..., Any], arguments: Mapping[str, Any]
+) -> dict[str, Any]:
+    try:
+        return answer(number, question(**arguments))
+    except Exception as error:
+        # It is the asker's: without this thread nobody could stop the process.
+        logger.debug("a question of the launcher cannot be answered", exc_info=True)
+        return failed_answer(number, error)
 
 
 def _report(control: Channel, number: int, done: "Future[Any]") -> None:
@@ -193,11 +234,14 @@ def _report(control: Channel, number: int, done: "Future[Any]") -> None:
         )
 
 
-def _end_now(runtime_dir: str) -> None:
-    shutil.rmtree(runtime_dir, ignore_errors=True)
-    # Not a normal exit: engine cores may be in the middle of a step, which nobody waits for any
-    # more. Device memory and sockets are the process's own and go with it.
-    os._exit(1)
+def _go_on_when_the_launcher_ends() -> None:
+    """Have the kernel continue this process if it is stopped while the launcher ends.
+
+    Else nobody would: a stopped process does not see that the other end of the channel is closed.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGCONT, 0, 0, 0) != 0:
+        logger.warning("prctl(PR_SET_PDEATHSIG): %s", os.strerror(ctypes.get_errno()))
 
 
 def main(control_fd: int) -> None:
@@ -205,6 +249,8 @@ def main(control_fd: int) -> None:
     # decides, and tells this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _go_on_when_the_launcher_ends()
+    os.set_inheritable(control_fd, False)
     logging.basicConfig(level="WARNING", format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("aegaeon").setLevel(envs.log_level())
     control = Channel(Connection(control_fd))
