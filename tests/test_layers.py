@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     SERVER: frozenset(
         {CORE, "httpx", "prometheus_client", "pydantic", "rich", "starlette", "textual", "uvicorn"}
     ),
-    "aegaeon.sim": frozenset({CORE, SCHED, "aegaeon.switching.plan"}),
+    "aegaeon.sim": frozenset({CORE, SCHED, "aegaeon.switching.plan", "pydantic"}),
     PLUGIN: frozenset(
         {CORE, SCHED, "aegaeon.sched.metrics", SWITCHING, "aegaeon.switching.plan", KERNELS}
         | {"numpy", "packaging", "prometheus_client", "torch", "vllm"}
@@ -47,6 +47,7 @@ COMPOSITION = frozenset(
     for name in (
         *("__main__", "cli", "demo", "demo_report", "generate", "local_server"),
         *("instance_process", "launch", "listeners", "pool_check", "stop_request", "supervisor"),
+        "sim_cli",
     )
 )
 COMPOSITION_USES = frozenset(

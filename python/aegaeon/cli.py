@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
+from aegaeon import sim_cli
 from aegaeon.core import config, envs
 from aegaeon.core.errors import AegaeonError, ConfigError
 
@@ -273,6 +274,9 @@ def check_config(pool_file: PoolFile) -> None:
 def config_schema() -> None:
     """Print the JSON schema of a pool file."""
     print(json.dumps(config.json_schema(), indent=2))
+
+
+app.command()(sim_cli.sim)
 
 
 def _admin(pool_file: Path | None, socket: Path | None) -> "AdminClient":

@@ -11,7 +11,7 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -51,12 +51,14 @@ __all__ = [
     "SchedulerConfig",
     "ServerConfig",
     "Slo",
+    "Strict",
     "SupervisionConfig",
     "format_bytes",
     "json_schema",
     "load_pool",
     "parse_bytes",
     "parse_duration",
+    "validated",
 ]
 
 POLICIES = ("round-robin", "fcfs", "paper", "request-level", "slack")
@@ -104,17 +106,20 @@ Duration = Annotated[
     Field(gt=0),
     WithJsonSchema({"type": ["number", "string"], "description": DURATION_FORM}),
 ]
+S = TypeVar("S", bound=BaseModel)
 Milliseconds = Annotated[float, Field(gt=0, le=3_600_000)]
 MaxModelLen = Annotated[int | None, Field(ge=1)]
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """Settings as they are read from a file: no coercion, no unknown keys, never changed."""
+
     model_config = ConfigDict(
         strict=True, frozen=True, extra="forbid", use_attribute_docstrings=True
     )
 
 
-class Slo(_Strict):
+class Slo(Strict):
     """When a token counts as on time. Round robin does not act on it."""
 
     ttft_ms: Milliseconds = 10_000.0
@@ -123,7 +128,7 @@ class Slo(_Strict):
     """Time per output token after the first, in milliseconds."""
 
 
-class Defaults(_Strict):
+class Defaults(Strict):
     """What a model gets when it does not say otherwise."""
 
     slo: Slo = Slo()
@@ -190,7 +195,7 @@ class ModelConfig(Defaults):
         return value
 
 
-class SchedulerConfig(_Strict):
+class SchedulerConfig(Strict):
     """Which model runs next, and for how long."""
 
     policy: str = Field(default="round-robin", json_schema_extra={"enum": list(POLICIES)})
@@ -209,7 +214,7 @@ class SchedulerConfig(_Strict):
         return value
 
 
-class ServerConfig(_Strict):
+class ServerConfig(Strict):
     """The HTTP front."""
 
     host: str = Field(default="127.0.0.1", min_length=1)
@@ -225,7 +230,7 @@ class ServerConfig(_Strict):
     """After SIGTERM new requests are refused, and open ones may go on for this long."""
 
 
-class SupervisionConfig(_Strict):
+class SupervisionConfig(Strict):
     """What is done when the instance, the process with all models, dies or does not get on."""
 
     stalled_after: Duration = 8.0
@@ -238,7 +243,7 @@ class SupervisionConfig(_Strict):
     restart_window: Duration = 600.0
 
 
-class AdminConfig(_Strict):
+class AdminConfig(Strict):
     """The listener for admin verbs, apart from the public one."""
 
     socket: str = Field(default="auto", min_length=1)
@@ -254,7 +259,7 @@ class AdminConfig(_Strict):
         return value
 
 
-class ImageCacheConfig(_Strict):
+class ImageCacheConfig(Strict):
     """Weights images on disk: a restart reads them instead of loading checkpoints again."""
 
     directory: str | None = Field(default=None, min_length=1)
@@ -265,7 +270,7 @@ class ImageCacheConfig(_Strict):
     """Most bytes in that directory; images that were not used for longest are removed."""
 
 
-class PoolConfig(_Strict):
+class PoolConfig(Strict):
     """A pool: models that share a device, and the server in front of them."""
 
     device: str = Field(default="auto", pattern=r"^(auto|host|cuda(:\d+)?)$")
@@ -329,17 +334,21 @@ def load_pool(path: str | Path) -> PoolConfig:
     accepted form.
     """
     source = read_yaml(Path(path))
+    return _with_absolute_paths(validated(source, PoolConfig), source)
+
+
+def validated(source: YamlSource, settings: type[S]) -> S:
+    """The document as `settings`. Raises ConfigError that lists every fault found, one a line."""
     if not isinstance(source.data, dict):
         found = "nothing" if source.data is None else f"a {type(source.data).__name__}"
         raise ConfigError(
             f"{source.where(())}: got {found}; expected a mapping with at least the key 'models'"
         )
     try:
-        pool = PoolConfig.model_validate(source.data)
+        return settings.model_validate(source.data)
     except ValidationError as error:
-        faults = [_describe(fault, source) for fault in error.errors(include_url=False)]
+        faults = [_describe(fault, source, settings) for fault in error.errors(include_url=False)]
         raise ConfigError("\n".join(faults)) from None
-    return _with_absolute_paths(pool, source)
 
 
 def json_schema() -> dict[str, Any]:
@@ -420,13 +429,13 @@ def _fault(message: str, *key_path: str | int) -> PydanticCustomError:
     return PydanticCustomError("fault", "{message}", {"message": message, "key_path": key_path})
 
 
-def _describe(fault: ErrorDetails, source: YamlSource) -> str:
+def _describe(fault: ErrorDetails, source: YamlSource, root: type[BaseModel]) -> str:
     key_path = (*fault["loc"], *fault.get("ctx", {}).get("key_path", ()))
     match fault["type"]:
         case "fault":
             what = fault["msg"]
         case "extra_forbidden":
-            what = f"unknown key; {_suggest(str(key_path[-1]), _valid_keys(key_path[:-1]))}"
+            what = f"unknown key; {_suggest(str(key_path[-1]), _valid_keys(key_path[:-1], root))}"
         case "missing":
             what = "the key is required and missing"
         case _:
@@ -476,9 +485,9 @@ def _suggest(key: str, valid: list[str]) -> str:
     return f"{hint}valid keys: {', '.join(valid)}"
 
 
-def _valid_keys(key_path: KeyPath) -> list[str]:
-    """The keys of the mapping at `key_path`."""
-    at: type[BaseModel] = PoolConfig
+def _valid_keys(key_path: KeyPath, root: type[BaseModel]) -> list[str]:
+    """The keys of the mapping at `key_path` of a file that `root` describes."""
+    at = root
     for part in key_path:
         if isinstance(part, str):
             at = next(_models_in(at.model_fields[part].annotation))

@@ -1,0 +1,151 @@
+"""`aegaeon sim`: what the command line shows of the simulator."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from aegaeon.core.errors import ConfigError
+from aegaeon.core.units import parse_duration
+from aegaeon.sim.config import load_workload
+from aegaeon.sim.presets import preset
+from aegaeon.sim.simulator import Result, Simulation
+from aegaeon.sim.summary import summary
+from aegaeon.sim.traces import write_trace
+from aegaeon.sim.workload import Scenario
+
+# Worst models shown; --json has all.
+_MODELS_SHOWN = 8
+
+
+def sim(
+    workload_file: Annotated[
+        Path | None, typer.Argument(metavar="WORKLOAD.YAML", help="Models, loads and GPUs.")
+    ] = None,
+    preset_name: Annotated[
+        str | None, typer.Option("--preset", help="A named scenario; a wrong name lists them.")
+    ] = None,
+    policy: Annotated[
+        list[str] | None, typer.Option(help="Repeatable; a wrong one lists them.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the generated workload.")] = None,
+    slo_scale: Annotated[float, typer.Option(min=1e-6, help="Multiplies all deadlines.")] = 1.0,
+    rate_scale: Annotated[float, typer.Option(min=1e-6, help="Multiplies all rates.")] = 1.0,
+    duration: Annotated[str | None, typer.Option(help="Of the arrivals, e.g. 10m.")] = None,
+    shortest_turn: Annotated[
+        str, typer.Option(help="Turns last at least as long: faster, less exact. 0: exact.")
+    ] = "0",
+    write: Annotated[
+        Path | None, typer.Option(help="Also write the requests: a .csv or .jsonl file.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per policy.")] = False,
+) -> None:
+    """Simulate a pool: which tokens are on time, and what the GPUs do meanwhile."""
+    scenario, policies, chosen_seed = _scenario(workload_file, preset_name, policy, seed)
+    if duration is not None:
+        scenario = scenario.lasting(parse_duration(duration))
+    scenario = scenario.at_slo(slo_scale).at_rate(rate_scale)
+    requests = scenario.requests(chosen_seed)
+    if write is not None:
+        write_trace(write, requests)
+    shown = []
+    for name in policies:
+        simulation = Simulation(
+            scenario.models,
+            scenario.groups,
+            name,
+            shortest_turn_s=parse_duration(shortest_turn),
+        )
+        result = _with_progress(simulation, requests, f"{scenario.name} · {name}", as_json)
+        shown.append(summary(result, scenario))
+        if as_json:
+            print(json.dumps(shown[-1]))
+    if not as_json:
+        console = Console()
+        console.print(_table(scenario, shown))
+        if len(shown) == 1:
+            console.print(_models_table(shown[0]))
+
+
+def _scenario(
+    workload_file: Path | None, preset_name: str | None, policy: list[str] | None, seed: int | None
+) -> tuple[Scenario, list[str], int]:
+    if (workload_file is None) == (preset_name is None):
+        raise ConfigError("give either a workload file or --preset NAME")
+    if workload_file is not None:
+        scenario, settings = load_workload(workload_file)
+        return scenario, policy or [settings.policy], settings.seed if seed is None else seed
+    assert preset_name is not None
+    return preset(preset_name), policy or ["slack"], seed or 0
+
+
+def _with_progress(
+    simulation: Simulation, requests: list[Any], title: str, as_json: bool
+) -> Result:
+    if as_json:
+        return simulation.run(requests)
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+    )  # fmt: skip
+    with Progress(*columns, transient=True, console=Console(stderr=True)) as progress:
+        task = progress.add_task(title, total=len(requests))
+        return simulation.run(
+            requests, on_progress=lambda done: progress.update(task, completed=done)
+        )
+
+
+def _table(scenario: Scenario, shown: list[dict[str, Any]]) -> Table:
+    gpus = ", ".join(
+        f"{group.num_gpus} {group.gpu.name}" + (f" (tp {group.tp})" if group.tp > 1 else "")
+        for group in scenario.groups
+    )
+    first = shown[0]
+    table = Table(
+        title=f"{scenario.name}, simulated: {first['num_models']} models on {gpus}, "
+        f"{first['num_requests']} requests"
+    )
+    table.add_column("")
+    rows: dict[str, list[str]] = {}
+
+    def row(name: str, value: str) -> None:
+        rows.setdefault(name, []).append(value)
+
+    for each in shown:
+        table.add_column(each["policy"], justify="right")
+        attainment, split, ttft = each["attainment"], each["gpu_time"], each["ttft_s"]
+        row("tokens on time", f"{attainment['tokens_on_time']:.1%}")
+        row("requests with 99 % of tokens on time", f"{attainment['requests_on_time']:.1%}")
+        row("requests by TTFT and mean TPOT", f"{attainment['requests_in_the_mean']:.1%}")
+        row("the artefact's formula", f"{attainment['artefact_formula']:.1%}")
+        row("requests refused", str(each["num_refused"]))
+        row("first token, p50 / p99", f"{ttft['p50']:.2f} / {ttft['p99']:.2f} s")
+        row("GPU time: prompts", f"{split['prefill']:.1%}")
+        row("GPU time: tokens", f"{split['decode']:.1%}")
+        row("GPU time: switches", f"{split['switch']:.1%}")
+        row("GPU time: idle", f"{split['idle']:.1%}")
+        row("switches hot / ahead / warm", " / ".join(map(str, each["switches"].values())))
+        row("models per GPU", f"{each['models_per_gpu']:.2f}")
+    for name, values in rows.items():
+        table.add_row(name, *values)
+    return table
+
+
+def _models_table(shown: dict[str, Any]) -> Table:
+    worst = sorted(shown["models"].items(), key=lambda item: item[1]["requests_on_time"])
+    table = Table(title=f"The {min(len(worst), _MODELS_SHOWN)} models that fare worst")
+    for title in ("model", "requests", "tokens on time", "requests on time"):
+        table.add_column(title, justify="left" if title == "model" else "right")
+    for name, each in worst[:_MODELS_SHOWN]:
+        table.add_row(
+            name,
+            str(each["num_requests"]),
+            f"{each['tokens_on_time']:.1%}",
+            f"{each['requests_on_time']:.1%}",
+        )
+    return table
