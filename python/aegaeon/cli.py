@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -103,6 +104,34 @@ def top(
     history, console = History(), Console()
     history.add(snapshot)
     console.print(report(history, width=console.width))
+
+
+@app.command()
+def dashboard(
+    pool: PoolOption = None,
+    socket: SocketOption = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="On 127.0.0.1; 0: any free one.")] = 0,
+    open_browser: Annotated[bool, typer.Option("--open", help="In a browser, too.")] = False,
+) -> None:
+    """Serve the running server's dashboard to a browser of this machine, until Ctrl-C."""
+    from aegaeon.listeners import tcp_listener, uvicorn_config
+    from aegaeon.server.bridge import bridge_app, new_key
+
+    admin = _admin(pool, socket)
+    admin.get("/admin/state")
+    key = new_key()
+    with tcp_listener("127.0.0.1", port) as listener:
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}/dashboard?key={key}"
+        print(address, flush=True)
+        if open_browser:
+            import webbrowser
+
+            webbrowser.open(address)
+        import uvicorn
+
+        bridge = bridge_app(admin.path, key)
+        with suppress(KeyboardInterrupt):
+            uvicorn.Server(uvicorn_config(bridge)).run(sockets=[listener])
 
 
 @app.command()

@@ -112,22 +112,35 @@ def listening(app: Any, path: Path) -> Iterator[None]:
     """Serve `app` on the unix socket `path` for as long as the block runs."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(str(path))
-        listener.listen()
-        config = uvicorn.Config(
-            app, lifespan="off", log_level="warning", timeout_graceful_shutdown=1
-        )
-        server = uvicorn.Server(config)
-
-        async def serve() -> None:
-            await server.serve(sockets=[listener])
-            await asyncio.sleep(0.05)  # what was cut off is closed on the loop
-
-        thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
-        thread.start()
-        try:
+        with _served(app, listener):
             yield
-        finally:
-            server.should_exit = True
-            thread.join(timeout=10)
-            path.unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+
+
+@contextmanager
+def listening_on_loopback(app: Any) -> Iterator[int]:
+    """Serve `app` on a free port of 127.0.0.1, which is given, for as long as the block runs."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        with _served(app, listener):
+            yield listener.getsockname()[1]
+
+
+@contextmanager
+def _served(app: Any, listener: socket.socket) -> Iterator[None]:
+    listener.listen()
+    config = uvicorn.Config(app, lifespan="off", log_level="warning", timeout_graceful_shutdown=1)
+    server = uvicorn.Server(config)
+
+    async def serve() -> None:
+        await server.serve(sockets=[listener])
+        await asyncio.sleep(0.05)  # what was cut off is closed on the loop
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        thread.join(timeout=10)
     assert not thread.is_alive()

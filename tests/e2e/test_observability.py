@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -152,3 +153,31 @@ def test_top_shows_a_real_server(server):
     answer = json.loads(top("--json"))
     assert [model["name"] for model in answer["state"]["models"]] == list(NAMES)
     assert answer["timeline"]["slices"]
+
+
+def test_the_metrics_of_vllm_that_the_board_shows_are_exported(server):
+    complete(server, "llama")
+    board = (DOCS / "grafana-dashboard.json").read_text()
+    wanted = {name.removesuffix("_bucket") for name in re.findall(r"vllm:\w+", board)}
+    assert wanted <= set(families(server))
+
+
+def test_the_dashboard_is_on_the_admin_listener_alone(server):
+    command = [sys.executable, "-m", "aegaeon", "dashboard", "--socket", str(server.admin_socket)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as door:
+        assert door.stdout is not None
+        try:
+            address = door.stdout.readline().strip()
+            with httpx.Client(follow_redirects=True, timeout=30) as browser:
+                page = browser.get(address)
+                assert page.status_code == 200
+                assert "EventSource" in page.text
+                events = str(page.url.copy_with(path="/admin/events", query=b"with=timeline"))
+                with browser.stream("GET", events) as answer:
+                    lines = answer.iter_lines()
+                    data = next(line for line in lines if line.startswith("data: "))
+            assert json.loads(data.removeprefix("data: "))["timeline"]["slice_s"] > 0
+        finally:
+            door.send_signal(signal.SIGINT)
+        assert door.wait(timeout=20) == 0
+    assert httpx.get(f"{server.address}/dashboard").status_code == 404

@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from aegaeon.core.errors import AegaeonError, OrderRefused, UnknownModel
+from aegaeon.server.dashboard import dashboard
 from aegaeon.server.errors import error_response
 
 VERBS = ("load", "unload", "pin", "unpin")
@@ -96,6 +97,7 @@ def admin_app(ask: Ask, front: Callable[[], dict[str, Any]] = dict) -> Starlette
 
     return Starlette(
         routes=[
+            Route("/dashboard", dashboard, methods=["GET"]),
             Route("/admin/state", state, methods=["GET"]),
             Route("/admin/switches", switches, methods=["GET"]),
             Route("/admin/timeline", timeline, methods=["GET"]),

@@ -59,7 +59,7 @@ class AdminClient:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
 
     def get(self, path: str) -> Any:
         return self._ask("GET", path, timeout_s=10.0)
@@ -77,7 +77,7 @@ class AdminClient:
         """
         self._must_be_there()
         query = {"interval_s": f"{interval_s:g}", "with": ",".join(parts)}
-        transport = httpx.AsyncHTTPTransport(uds=str(self._path))
+        transport = httpx.AsyncHTTPTransport(uds=str(self.path))
         try:
             async with (
                 httpx.AsyncClient(
@@ -96,7 +96,7 @@ class AdminClient:
                         yield event, json.loads(line.removeprefix("data: "))
         except httpx.HTTPError as error:
             raise self._unreachable(error) from error
-        raise AdminError(f"the server at {self._path} has ended")
+        raise AdminError(f"the server at {self.path} has ended")
 
     def _ask(self, method: str, path: str, *, timeout_s: float | None) -> Any:
         self._must_be_there()
@@ -110,16 +110,16 @@ class AdminClient:
         return response.json()
 
     def _client(self, timeout_s: float | None) -> httpx.Client:
-        transport = httpx.HTTPTransport(uds=str(self._path))
+        transport = httpx.HTTPTransport(uds=str(self.path))
         return httpx.Client(transport=transport, base_url=_BASE_URL, timeout=timeout_s)
 
     def _must_be_there(self) -> None:
         # httpx would leave its socket open when nobody answers.
-        if not is_answered(self._path):
-            raise AdminError(f"no server listens on {self._path}")
+        if not is_answered(self.path):
+            raise AdminError(f"no server listens on {self.path}")
 
     def _unreachable(self, error: httpx.HTTPError) -> AdminError:
-        return AdminError(f"the server at {self._path} does not answer: {error}")
+        return AdminError(f"the server at {self.path} does not answer: {error}")
 
 
 def _refusal(response: httpx.Response) -> AdminError:
