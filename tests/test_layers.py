@@ -30,7 +30,8 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "aegaeon.switching.plan": frozenset({CORE}),
     SWITCHING: frozenset({CORE, "aegaeon.switching.plan", KERNELS, "prometheus_client"}),
     SERVER: frozenset(
-        {CORE, "httpx", "prometheus_client", "pydantic", "rich", "starlette", "textual", "uvicorn"}
+        {CORE, "httpx", "opentelemetry", "prometheus_client", "pydantic", "rich", "starlette"}
+        | {"textual", "uvicorn"}
     ),
     "aegaeon.sim": frozenset({CORE, SCHED, "aegaeon.switching.plan", "pydantic"}),
     PLUGIN: frozenset(
@@ -46,7 +47,15 @@ COMPOSITION = frozenset(
     f"aegaeon.{name}"
     for name in (
         *("__main__", "cli", "demo", "demo_report", "generate", "local_server"),
-        *("instance_process", "launch", "listeners", "pool_check", "stop_request", "supervisor"),
+        *(
+            "instance_process",
+            "launch",
+            "listeners",
+            "observers",
+            "pool_check",
+            "stop_request",
+            "supervisor",
+        ),
         "sim_cli",
     )
 )

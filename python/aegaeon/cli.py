@@ -5,7 +5,6 @@ only by commands that need it.
 """
 
 import json
-import logging
 import os
 import sys
 from contextlib import suppress
@@ -16,7 +15,7 @@ import typer
 from rich.console import Console
 
 from aegaeon import sim_cli
-from aegaeon.core import config, envs
+from aegaeon.core import config, logs
 from aegaeon.core.errors import AegaeonError, ConfigError
 
 if TYPE_CHECKING:
@@ -353,8 +352,7 @@ def _with_address(pool: config.PoolConfig, host: str | None, port: int | None) -
 def main() -> None:
     """The console script. Our own errors end in one message and a status, not in a traceback."""
     try:
-        logging.basicConfig(level="WARNING", format="%(levelname)s %(name)s: %(message)s")
-        logging.getLogger("aegaeon").setLevel(envs.log_level())
+        logs.configure()
         app()
         status = 0
     except SystemExit as leaving:

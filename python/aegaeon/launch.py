@@ -17,17 +17,16 @@ import uvicorn
 from prometheus_client import REGISTRY, generate_latest
 
 from aegaeon.core import envs
-from aegaeon.core.clock import MonotonicClock
 from aegaeon.core.config import PoolConfig
 from aegaeon.core.threads import in_daemon_thread
 from aegaeon.listeners import Server, tcp_listener, unix_listener, uvicorn_config
+from aegaeon.observers import Observers
 from aegaeon.pool_check import check_pool
 from aegaeon.server.admin import admin_app
 from aegaeon.server.admin_client import RUNTIME_DIR_PREFIX, SOCKET_NAME
 from aegaeon.server.app import Limits, Router
 from aegaeon.server.auth import ApiKeys
 from aegaeon.server.metrics import FrontMetrics
-from aegaeon.server.observed import Observed
 from aegaeon.stop_request import StopRequest
 from aegaeon.supervisor import Supervisor
 
@@ -75,10 +74,10 @@ async def _run(
     # vLLM's imports take seconds; the instance does its own at the same time.
     front = await first.unless_it_dies(in_daemon_thread(lambda: _make_front(first.device_kind)))
     router, metrics = _router(pool, supervisor, api_keys)
+    observers = Observers(pool.observability, metrics, supervisor.ask)
     try:
         await supervisor.bring_up(front, router)
-        observed = Observed(router, clock=MonotonicClock(), ended=(metrics.ended,))
-        public = Server(uvicorn_config(observed))
+        public = Server(uvicorn_config(observers.around(router)))
         admin = Server(uvicorn_config(admin_app(supervisor.ask, metrics.snapshot)))
         stop.then(router, public)
         supervising = asyncio.create_task(supervisor.run(front, router))
@@ -95,6 +94,7 @@ async def _run(
         if supervising.done():
             supervising.result()
     finally:
+        await observers.close()
         front.close()
 
 

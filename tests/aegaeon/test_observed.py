@@ -12,7 +12,7 @@ from starlette.routing import Route
 
 from aegaeon.core.clock import MonotonicClock
 from aegaeon.core.serving import ServedModel
-from aegaeon.server.app import Limits, Router
+from aegaeon.server.app import Limits, Router, route_of
 from aegaeon.server.exchange import Exchange
 from aegaeon.server.metrics import FrontMetrics
 from aegaeon.server.observed import Observed
@@ -49,7 +49,7 @@ class Front:
         asyncio.run(router.resume([model]))
         self.metrics = FrontMetrics(["a"], router.num_open)
         ended = (self.metrics.ended, self.exchanges.append)
-        self.app = Observed(router, clock=MonotonicClock(), ended=ended)
+        self.app = Observed(router, clock=MonotonicClock(), route_of=route_of, ended=ended)
 
     def call(self, method: str, path: str, **kwargs: Any) -> httpx.Response:
         async def run() -> httpx.Response:
@@ -140,7 +140,7 @@ def test_what_is_not_http_passes_through(kind):
     async def app(scope: Any, receive: Any, send: Any) -> None:
         seen.append(scope)
 
-    observed = Observed(app, clock=MonotonicClock())
+    observed = Observed(app, clock=MonotonicClock(), route_of=route_of)
     scope = {"type": kind}
     asyncio.run(observed(scope, None, None))  # type: ignore[arg-type]
     assert seen == [scope]

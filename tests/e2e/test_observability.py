@@ -1,11 +1,15 @@
 """What a real server tells of itself, and that its documentation says the same."""
 
+import gzip
+import http.server
 import json
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,7 @@ import httpx
 import pytest
 import yaml
 from e2e_support import KV_MEMORY, MAX_MODEL_LEN, job_for
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2
 from prometheus_client.parser import text_string_to_metric_families
 
 from aegaeon.local_server import LocalServer, local_server
@@ -24,8 +29,53 @@ DOCS = Path(__file__).parent.parent.parent / "docs"
 ROW = re.compile(r"^\| `(aegaeon_\w+)` \| (\w+) \| (.*?) \|", re.MULTILINE)
 
 
+class Collector:
+    """An OpenTelemetry collector that keeps what it gets."""
+
+    def __init__(self) -> None:
+        self.spans: list[Any] = []
+        collector = self
+
+        class Taking(http.server.BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["content-length"]))
+                if self.headers.get("content-encoding") == "gzip":
+                    body = gzip.decompress(body)
+                message = trace_service_pb2.ExportTraceServiceRequest.FromString(body)
+                for resource in message.resource_spans:
+                    for scope in resource.scope_spans:
+                        collector.spans.extend(scope.spans)
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, *args: Any) -> None: ...
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Taking)
+        self.address = f"http://127.0.0.1:{self.server.server_address[1]}"
+
+    def requests(self) -> dict[str, Any]:
+        """The spans of requests by their ids."""
+        return {
+            each.value.string_value: span
+            for span in self.spans
+            for each in span.attributes
+            if each.key == "aegaeon.request_id"
+        }
+
+
 @pytest.fixture(scope="module")
-def server(tiny_models, tmp_path_factory) -> Iterator[LocalServer]:
+def collector() -> Iterator[Collector]:
+    made = Collector()
+    thread = threading.Thread(target=made.server.serve_forever)
+    thread.start()
+    yield made
+    made.server.shutdown()
+    made.server.server_close()
+    thread.join()
+
+
+@pytest.fixture(scope="module")
+def server(tiny_models, tmp_path_factory, collector) -> Iterator[LocalServer]:
     folder = tmp_path_factory.mktemp("observed")
     models = tiny_models(*NAMES)
     pool = folder / "pool.yaml"
@@ -41,12 +91,16 @@ def server(tiny_models, tmp_path_factory) -> Iterator[LocalServer]:
                 },
                 "models": [{"model": path, "name": name} for name, path in models.items()],
                 "scheduler": {"quantum": 2},
+                "observability": {"log_requests": True, "otlp_endpoint": collector.address},
                 "admin": {"socket": str(folder / "admin.sock")},
             }
         )
     )
-    with local_server(pool, log=folder / "log") as running:
-        yield running
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AEGAEON_LOG_FORMAT", "json")
+        patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "200")
+        with local_server(pool, log=folder / "log") as running:
+            yield running
 
 
 def complete(server: LocalServer, model: str, **options: Any) -> httpx.Response:
@@ -54,6 +108,13 @@ def complete(server: LocalServer, model: str, **options: Any) -> httpx.Response:
     body = {"model": model, "prompt": "Once upon a time", "ignore_eos": True, **options}
     url = f"{server.address}/v1/completions"
     return httpx.post(url, json={"max_tokens": 6, **body}, headers=headers, timeout=60)
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true"
+        time.sleep(0.05)
 
 
 def families(server: LocalServer) -> dict[str, Any]:
@@ -181,3 +242,33 @@ def test_the_dashboard_is_on_the_admin_listener_alone(server):
             door.send_signal(signal.SIGINT)
         assert door.wait(timeout=20) == 0
     assert httpx.get(f"{server.address}/dashboard").status_code == 404
+
+
+def test_a_trace_of_a_request_reaches_the_collector_with_its_switches(server, collector):
+    complete(server, "llama")
+    answer = complete(server, "qwen3", headers={"x-request-id": "traced-1"})
+    assert answer.status_code == 200
+    wait_until(lambda: "traced-1" in collector.requests(), timeout_s=30)
+    request = collector.requests()["traced-1"]
+    attributes = {each.key: each.value for each in request.attributes}
+    assert attributes["gen_ai.request.model"].string_value == "qwen3"
+    assert attributes["http.response.status_code"].int_value == 200
+    assert attributes["aegaeon.switches_to_model"].int_value == 1
+    (switch,) = (span for span in collector.spans if span.parent_span_id == request.span_id)
+    assert switch.name == "switch to qwen3"
+    assert request.start_time_unix_nano <= switch.start_time_unix_nano
+    assert switch.end_time_unix_nano <= request.end_time_unix_nano
+
+
+def test_the_log_has_a_json_line_per_request_and_nothing_of_what_was_said(server):
+    secret = "the harbour master's cat"
+    answer = complete(server, "llama", prompt=secret, headers={"x-request-id": "logged-1"})
+    bad = complete(server, "llama", prompt=secret, max_tokens=-1)
+    assert (answer.status_code, bad.status_code) == (200, 400)
+    text = (server.admin_socket.parent / "log").read_text()
+    lines = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+    (line,) = (line for line in lines if line.get("request_id") == "logged-1")
+    assert (line["model"], line["status"], line["route"]) == ("llama", 200, "/v1/completions")
+    assert 0 < line["first_byte_s"] <= line["duration_s"]
+    assert secret not in text
+    assert answer.json()["choices"][0]["text"] not in text

@@ -270,6 +270,21 @@ class ImageCacheConfig(Strict):
     """Most bytes in that directory; images that were not used for longest are removed."""
 
 
+class ObservabilityConfig(Strict):
+    """What is told of requests beside the metrics. Never what was said in them."""
+
+    log_requests: bool = False
+    """One log line per request, with its id, model, status and times. Answers with a status of 500
+    and above are logged in any case.
+    """
+    otlp_endpoint: str | None = Field(default=None, pattern=r"^https?://[^\s/]+(/\S*)?$")
+    """Base address of an OpenTelemetry collector (OTLP over HTTP), such as http://127.0.0.1:4318;
+    null: no traces are made, and nothing is sent anywhere.
+    """
+    trace_sample: float = Field(default=1.0, ge=0.0, le=1.0)
+    """Share of the requests that are traced, of those whose client does not say so itself."""
+
+
 class PoolConfig(Strict):
     """A pool: models that share a device, and the server in front of them."""
 
@@ -289,6 +304,7 @@ class PoolConfig(Strict):
     server: ServerConfig = ServerConfig()
     admin: AdminConfig = AdminConfig()
     image_cache: ImageCacheConfig = ImageCacheConfig()
+    observability: ObservabilityConfig = ObservabilityConfig()
     supervision: SupervisionConfig = SupervisionConfig()
 
     def model(self, name: str) -> ModelConfig | None:

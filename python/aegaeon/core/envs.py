@@ -15,6 +15,7 @@ from typing import NamedTuple
 from .errors import ConfigError
 
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+LOG_FORMATS = ("human", "json")
 
 
 class Variable(NamedTuple):
@@ -32,6 +33,7 @@ VARIABLES = (
         "act in this vLLM process; without it the vLLM plugin is loaded but changes nothing",
     ),
     Variable("AEGAEON_LOG_LEVEL", " | ".join(LOG_LEVELS), "least severe message that is printed"),
+    Variable("AEGAEON_LOG_FORMAT", " | ".join(LOG_FORMATS), "lines for people, or JSON objects"),
     Variable(
         "AEGAEON_POISON_MEMORY",
         "0 or 1",
@@ -54,6 +56,14 @@ def log_level() -> str:
     if value.upper() not in LOG_LEVELS:
         raise _malformed("AEGAEON_LOG_LEVEL", value)
     return value.upper()
+
+
+def log_format() -> str:
+    """AEGAEON_LOG_FORMAT: one of LOG_FORMATS. Default: human."""
+    value = _get("AEGAEON_LOG_FORMAT") or "human"
+    if value not in LOG_FORMATS:
+        raise _malformed("AEGAEON_LOG_FORMAT", value)
+    return value
 
 
 def poison_memory() -> bool:

@@ -57,6 +57,7 @@ _TOKEN_ROUTES = frozenset(
 # For the estimate of a prompt's length before it is tokenized: English text has about four.
 _BYTES_PER_TOKEN = 4
 _OPEN_ROUTES = frozenset({"/health", "/ready"})
+_OWN_ROUTES = _OPEN_ROUTES | {"/metrics", "/v1/models"}
 # Deeper nesting than any request needs; json's own limit would come much later.
 _MAX_JSON_DEPTH = 64
 _STRING_OR_BRACKET = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[{\]}]')
@@ -64,6 +65,13 @@ _STRING_OR_BRACKET = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[{\]}]')
 _PARSED_AT_ONCE_BYTES = 64 << 10
 _STARTING = Unavailable("starting", "the models are being loaded", retry_after_s=5)
 _NO_ANSWER = Unavailable("instance_down", "the instance does not answer", retry_after_s=1)
+
+
+def route_of(path: str) -> str | None:
+    """The route that a path of the public listener is, its variable part by name; None: of none."""
+    if path in MODEL_ROUTES or path in _OWN_ROUTES:
+        return path
+    return "/v1/models/{model}" if path.startswith("/v1/models/") else None
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+OTHER = "_OTHER"
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
 _KEY = "aegaeon.exchange"
 # What a client may choose as the id of its request; it is written to logs, and vLLM makes it a part
 # of its own ids.
@@ -19,6 +21,7 @@ _CLIENT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 class Exchange:
     """Times are seconds of the monotonic clock.
 
+    method, route: of fixed lists, `_OTHER` for anything else: a client's text goes nowhere.
     model: the pool's name of it, once it is known. error_code: why this server (not the model's
     application) refused. first_s: when the first byte of the answer's body went out; for a
     streamed answer that is about the first token.
@@ -26,7 +29,7 @@ class Exchange:
 
     id: str
     method: str
-    path: str
+    route: str
     began_s: float
     model: str | None = None
     error_code: str | None = None
@@ -35,11 +38,14 @@ class Exchange:
     ended_s: float | None = None
 
 
-def open_exchange(scope: Any, *, request_id: str | None, began_s: float) -> Exchange:
-    """Begin one and leave it in `scope`. request_id: what the client proposes."""
+def open_exchange(
+    scope: Any, *, route: str | None, request_id: str | None, began_s: float
+) -> Exchange:
+    """Begin one and leave it in `scope`. route: None: no known one. request_id: the client's."""
     if request_id is None or not _CLIENT_ID.fullmatch(request_id):
         request_id = uuid.uuid4().hex
-    exchange = Exchange(request_id, scope["method"], scope["path"], began_s)
+    method = scope["method"] if scope["method"] in _METHODS else OTHER
+    exchange = Exchange(request_id, method, route or OTHER, began_s)
     scope[_KEY] = exchange
     return exchange
 

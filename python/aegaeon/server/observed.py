@@ -3,7 +3,8 @@
 Pure ASGI, so that streams pass through as they are.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -13,9 +14,19 @@ from aegaeon.server.exchange import Exchange, open_exchange
 _ID_HEADER = b"x-request-id"
 
 
+class Traces(Protocol):
+    """What follows a request from its beginning; `server/tracing.py` implements it."""
+
+    def began(self, exchange: Exchange, headers: Mapping[str, str]) -> Mapping[str, str]:
+        """headers: the client's; returns those that the application gets instead of its own."""
+
+    def ended(self, exchange: Exchange) -> None: ...
+
+
 class Observed:
     """Passes everything on to `app`.
 
+    route_of: the name of a path among the known routes; None for any other.
     The client's `x-request-id`, or one that is made here, goes to the application and back in the
     answer's headers. ended: called after each HTTP request, in order; they must not raise.
     """
@@ -25,11 +36,15 @@ class Observed:
         app: ASGIApp,
         *,
         clock: Clock,
+        route_of: Callable[[str], str | None],
         ended: Sequence[Callable[[Exchange], None]] = (),
+        traces: Traces | None = None,
     ) -> None:
         self._app = app
         self._clock = clock
-        self._ended = tuple(ended)
+        self._route_of = route_of
+        self._traces = traces
+        self._ended = (*ended, *([] if traces is None else [traces.ended]))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -40,10 +55,14 @@ class Observed:
         scope = dict(scope)
         exchange = open_exchange(
             scope,
+            route=self._route_of(scope["path"]),
             request_id=None if proposed is None else proposed.decode("latin-1"),
             began_s=self._clock.now(),
         )
-        scope["headers"] = [*others, (_ID_HEADER, exchange.id.encode())]
+        scope["headers"] = [
+            *(others if self._traces is None else _traced(self._traces, exchange, others)),
+            (_ID_HEADER, exchange.id.encode()),
+        ]
 
         async def noted(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -59,6 +78,14 @@ class Observed:
             exchange.ended_s = self._clock.now()
             for tell in self._ended:
                 tell(exchange)
+
+
+def _traced(
+    traces: Traces, exchange: Exchange, headers: Sequence[tuple[bytes, bytes]]
+) -> list[tuple[bytes, bytes]]:
+    known = {key.decode("latin-1"): value.decode("latin-1") for key, value in headers}
+    instead = {key.encode(): value.encode() for key, value in traces.began(exchange, known).items()}
+    return [*((key, value) for key, value in headers if key not in instead), *instead.items()]
 
 
 def _with_id(message: Message, request_id: str) -> list[tuple[bytes, bytes]]:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import aegaeon_kernels as ak
-from aegaeon.core import envs
+from aegaeon.core import logs
 from aegaeon.core.clock import MonotonicClock
 from aegaeon.core.config import ModelConfig
 from aegaeon.core.control import Channel, InstanceSpec, answer, failed_answer
@@ -251,8 +251,7 @@ def main(control_fd: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     _go_on_when_the_launcher_ends()
     os.set_inheritable(control_fd, False)
-    logging.basicConfig(level="WARNING", format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("aegaeon").setLevel(envs.log_level())
+    logs.configure()
     control = Channel(Connection(control_fd))
     message = control.receive()
     if message is None:
