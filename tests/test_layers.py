@@ -55,12 +55,23 @@ COMPOSITION = frozenset(
             "pool_check",
             "stop_request",
             "supervisor",
+            "watched_files",
         ),
         "sim_cli",
     )
 )
 COMPOSITION_USES = frozenset(
-    {"httpx", "openai", "prometheus_client", "psutil", "rich", "starlette", "typer", "uvicorn"}
+    {
+        "httpx",
+        "openai",
+        "prometheus_client",
+        "psutil",
+        "rich",
+        "starlette",
+        "typer",
+        "uvicorn",
+        "watchfiles",
+    }
     | {"yaml"}
 )
 # Where `import aegaeon` itself may lead: its __init__ holds nothing.

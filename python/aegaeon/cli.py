@@ -292,6 +292,17 @@ def demo(
         raise typer.Exit(1)
 
 
+@app.command()
+def key(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Of key hashes; made when missing.")],
+    name: Annotated[str, typer.Option(help="Whose it is, for logs.")] = "unnamed",
+) -> None:
+    """Make an API key: it is printed once, and only its hash is written to FILE."""
+    from aegaeon.server.auth import add_key
+
+    print(add_key(file, name))
+
+
 @app.command("check-config")
 def check_config(pool_file: PoolFile) -> None:
     """Check a pool file and the checkpoints it names; start nothing."""

@@ -10,6 +10,7 @@ import socket
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,16 +20,18 @@ from prometheus_client import REGISTRY, generate_latest
 from aegaeon.core import envs
 from aegaeon.core.config import PoolConfig
 from aegaeon.core.threads import in_daemon_thread
-from aegaeon.listeners import Server, tcp_listener, unix_listener, uvicorn_config
+from aegaeon.listeners import Server, allow_many_files, tcp_listener, unix_listener, uvicorn_config
 from aegaeon.observers import Observers
 from aegaeon.pool_check import check_pool
 from aegaeon.server.admin import admin_app
 from aegaeon.server.admin_client import RUNTIME_DIR_PREFIX, SOCKET_NAME
 from aegaeon.server.app import Limits, Router
-from aegaeon.server.auth import ApiKeys
+from aegaeon.server.auth import ApiKeys, WithKey
 from aegaeon.server.metrics import FrontMetrics
+from aegaeon.server.protocol import OwnUserProtocol
 from aegaeon.stop_request import StopRequest
 from aegaeon.supervisor import Supervisor
+from aegaeon.watched_files import watch_files
 
 if TYPE_CHECKING:
     from aegaeon.vllm_plugin.front import Front
@@ -47,25 +50,48 @@ def serve(pool: PoolConfig, *, on_ready: Callable[[str], None] = print) -> None:
     envs.set_vllm_defaults()
     with ExitStack() as stack:
         # What can be refused is refused before anything is loaded.
-        keys = pool.server.api_keys_file
-        api_keys = None if keys is None else ApiKeys(Path(keys))
-        listener = tcp_listener(pool.server.host, pool.server.port)
-        stack.callback(listener.close)
         runtime_dir = Path(tempfile.mkdtemp(prefix=RUNTIME_DIR_PREFIX))
         stack.callback(shutil.rmtree, runtime_dir, ignore_errors=True)
-        admin_listener = stack.enter_context(unix_listener(_admin_socket_path(pool, runtime_dir)))
+        doors = _open_doors(pool, runtime_dir, stack)
+        allow_many_files()
         supervisor = Supervisor(pool, runtime_dir)
         stack.callback(supervisor.stop)
         with suppress(KeyboardInterrupt, asyncio.CancelledError):
-            asyncio.run(_run(pool, supervisor, listener, admin_listener, api_keys, on_ready))
+            asyncio.run(_run(pool, supervisor, doors, on_ready))
+
+
+@dataclass(frozen=True)
+class _Doors:
+    """Where the server listens, and who is let in."""
+
+    public: socket.socket
+    admin: socket.socket
+    admin_port: socket.socket | None
+    api_keys: ApiKeys | None
+    admin_keys: ApiKeys | None
+
+    def keys_files(self) -> dict[Path, Callable[[], None]]:
+        """What is to be read again when it changes."""
+        return {keys.path: keys.reload for keys in (self.api_keys, self.admin_keys) if keys}
+
+
+def _open_doors(pool: PoolConfig, runtime_dir: Path, stack: ExitStack) -> _Doors:
+    keys, admin_keys = (
+        None if file is None else ApiKeys(Path(file))
+        for file in (pool.server.api_keys_file, pool.admin.keys_file)
+    )
+    public = stack.enter_context(tcp_listener(pool.server.host, pool.server.port))
+    admin_port = None
+    if pool.admin.port is not None:
+        admin_port = stack.enter_context(tcp_listener("127.0.0.1", pool.admin.port))
+    admin = stack.enter_context(unix_listener(_admin_socket_path(pool, runtime_dir)))
+    return _Doors(public, admin, admin_port, keys, admin_keys)
 
 
 async def _run(
     pool: PoolConfig,
     supervisor: Supervisor,
-    listener: socket.socket,
-    admin_listener: socket.socket,
-    api_keys: ApiKeys | None,
+    doors: _Doors,
     on_ready: Callable[[str], None],
 ) -> None:
     stop = StopRequest(pool.server.drain_timeout)
@@ -73,24 +99,36 @@ async def _run(
     first.watch()
     # vLLM's imports take seconds; the instance does its own at the same time.
     front = await first.unless_it_dies(in_daemon_thread(lambda: _make_front(first.device_kind)))
-    router, metrics = _router(pool, supervisor, api_keys)
+    router, metrics = _router(pool, supervisor, doors.api_keys)
     observers = Observers(pool.observability, metrics, supervisor.ask)
     try:
         await supervisor.bring_up(front, router)
         public = Server(uvicorn_config(observers.around(router)))
-        admin = Server(uvicorn_config(admin_app(supervisor.ask, metrics.snapshot)))
+        routes = admin_app(supervisor.ask, metrics.snapshot)
+        admins = {Server(uvicorn_config(routes, http=OwnUserProtocol)): doors.admin}
+        if doors.admin_port is not None and doors.admin_keys is not None:
+            with_key = WithKey(routes, doors.admin_keys)
+            admins[Server(uvicorn_config(with_key))] = doors.admin_port
         stop.then(router, public)
         supervising = asyncio.create_task(supervisor.run(front, router))
         supervising.add_done_callback(stop.after)
-        announcing = asyncio.create_task(_announce(public, listener, on_ready))
-        admin_task = asyncio.create_task(admin.serve(sockets=[admin_listener]))
+        background = [
+            supervising,
+            asyncio.create_task(_announce(public, doors.public, on_ready)),
+            asyncio.create_task(watch_files(doors.keys_files())),
+        ]
+        serving = [
+            asyncio.create_task(admin.serve(sockets=[listener]))
+            for admin, listener in admins.items()
+        ]
         try:
-            await public.serve(sockets=[listener])
+            await public.serve(sockets=[doors.public])
         finally:
-            admin.should_exit = True
-            await admin_task
-            announcing.cancel()
-            supervising.cancel()
+            for admin in admins:
+                admin.should_exit = True
+            await asyncio.gather(*serving)
+            for task in background:
+                task.cancel()
         if supervising.done():
             supervising.result()
     finally:
@@ -125,6 +163,8 @@ def _router(
         limits=Limits(
             max_body_bytes=pool.server.max_body_bytes,
             max_open_requests=pool.server.max_queued_requests,
+            max_open_total=pool.server.max_open_requests,
+            max_n=pool.server.max_n,
         ),
         metrics=metrics,
         states=states,

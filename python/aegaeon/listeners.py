@@ -1,6 +1,7 @@
 """Where the server listens: bound sockets, and uvicorn's servers on them."""
 
 import os
+import resource
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,10 @@ import uvicorn
 
 from aegaeon.core.errors import AegaeonError
 from aegaeon.server.admin_client import is_answered
+from aegaeon.server.protocol import BoundedProtocol
+
+# Every connection is one; the usual limit of 1024 is that of a desktop.
+_OPEN_FILES = 65536
 
 
 class Server(uvicorn.Server):
@@ -21,12 +26,13 @@ class Server(uvicorn.Server):
         yield
 
 
-def uvicorn_config(app: Any) -> uvicorn.Config:
+def uvicorn_config(app: Any, http: type[BoundedProtocol] = BoundedProtocol) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         lifespan="off",
+        http=http,
         ws="none",
-        log_level="warning",
+        log_level="error",
         access_log=False,
         timeout_graceful_shutdown=1,
         server_header=False,
@@ -44,6 +50,14 @@ def tcp_listener(host: str, port: int) -> socket.socket:
         listener.close()
         raise AegaeonError(f"cannot listen on {host} port {port}: {error.strerror}") from error
     return listener
+
+
+def allow_many_files() -> None:
+    """Raise this process's limit of open files, and that of its children, as far as it may."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if most == resource.RLIM_INFINITY else min(most, _OPEN_FILES)
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """What a pool needs, and whether it can be had: everything that is checked before a start."""
 
+import socket
+from ipaddress import ip_address
 from pathlib import Path
 
 import psutil
@@ -7,7 +9,7 @@ import psutil
 import aegaeon_kernels as ak
 from aegaeon import checkpoint
 from aegaeon.core.config import PoolConfig, format_bytes
-from aegaeon.core.errors import AegaeonError, CapacityError
+from aegaeon.core.errors import AegaeonError, CapacityError, ConfigError
 
 # Less than this is no place for blocks of a real model.
 MIN_HOST_KV_BYTES = 2 << 20
@@ -18,8 +20,10 @@ def check_pool(pool: PoolConfig) -> None:
 
     Raises ModelLoadError for a checkpoint whose files are not right, CapacityError for a model
     that could never be resident, for one that would not fit beside the pinned ones, and for a
-    pool whose host images would not fit into `host_memory`.
+    pool whose host images would not fit into `host_memory`. ConfigError for an address beyond
+    this machine without API keys.
     """
+    _check_address(pool)
     device_memory_bytes = resolve_device_memory(pool)
     needs = {
         model.name: (checkpoint.weight_bytes(model.name, Path(model.model)), model.kv_memory)
@@ -52,6 +56,24 @@ def check_pool(pool: PoolConfig) -> None:
                 needed_bytes=weights + kv,
                 available_bytes=device_memory_bytes - beside,
             )
+
+
+def _check_address(pool: PoolConfig) -> None:
+    host = pool.server.host
+    if pool.server.api_keys_file is None and not is_loopback(host):
+        raise ConfigError(
+            f"server.host: {host} can be reached from other machines: set server.api_keys_file "
+            f"(`aegaeon key FILE` makes one), or listen on 127.0.0.1"
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach `host`; a name counts when all its addresses do."""
+    try:
+        found = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
+        return bool(found) and all(ip_address(each).is_loopback for each in found)
+    except (OSError, ValueError):
+        return False
 
 
 def resolve_device(pool: PoolConfig) -> str:

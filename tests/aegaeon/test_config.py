@@ -190,7 +190,7 @@ BAD_POOLS = {
     ),
     "keys file": (
         "models: [{model: a}]\nserver: {api_keys_file: keys.txt}\n",
-        "pool.yaml:2: server.api_keys_file: got 'keys.txt'; expected a file with one key per line",
+        "pool.yaml:2: server.api_keys_file: got 'keys.txt'; expected a file of keys",
     ),
     "long socket": (
         f"models: [{{model: a}}]\nadmin: {{socket: /{'s' * 120}}}\n",

@@ -1,6 +1,7 @@
 """The router, over small real ASGI applications and a real in-process HTTP client."""
 
 import asyncio
+import hashlib
 import json
 from contextlib import asynccontextmanager
 from typing import Any
@@ -12,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from aegaeon.core.errors import ConfigError, InstanceDied
+from aegaeon.core.errors import InstanceDied
 from aegaeon.core.serving import ServedModel
 from aegaeon.server.app import Limits, Router
 from aegaeon.server.auth import ApiKeys
@@ -112,6 +113,14 @@ def test_an_unknown_model_is_a_404_that_lists_the_valid_names():
         (b'{"model": ""}', 400, "missing_model"),
         (b'{"model": "a", "x": ' + b"[" * 70 + b"]" * 70 + b"}", 400, "invalid_json"),
         (b"[" * 990, 400, "invalid_json"),
+        (b'{"model": "a", "temperature": NaN}', 400, "invalid_json"),
+        (b'{"model": "a", "temperature": -Infinity}', 400, "invalid_json"),
+        (b'{"model": "b", "model": "a"}', 400, "invalid_json"),
+        (b'{"model": "a", "n": 9}', 400, "too_many_answers"),
+        (b'{"model": "a", "best_of": 1' + b"0" * 900 + b"}", 400, "too_many_answers"),
+        (b'{"model": "../../etc/passwd"}', 404, "model_not_found"),
+        (b'{"model": "a/../a"}', 404, "model_not_found"),
+        (b'{"model": "a\\u0000"}', 404, "model_not_found"),
         (b'{"model": "a", "x": "' + b"[" * 200 + b'\\"{"}', 200, None),
         (b'{"model": "a", "x": "' + b"y" * 1000 + b'"}', 413, "request_too_large"),
     ],
@@ -238,6 +247,41 @@ def test_requests_beyond_the_limit_of_a_model_are_a_429_and_others_go_on():
     asyncio.run(run())
 
 
+def test_requests_beyond_the_limit_of_all_models_are_a_503():
+    release = asyncio.Event()
+
+    async def slow(request: Request) -> JSONResponse:
+        await release.wait()
+        return JSONResponse({})
+
+    slow_app = Starlette(routes=[Route(CHAT, slow, methods=["POST"])])
+    limits = Limits(max_body_bytes=1000, max_open_requests=9, max_open_total=2)
+    router = make_router(served("slow", app=slow_app), served("b"), limits=limits)
+
+    async def run() -> httpx.Response:
+        transport = httpx.ASGITransport(router)
+        async with httpx.AsyncClient(transport=transport, base_url="http://pool") as client:
+            held = [
+                asyncio.create_task(client.post(CHAT, json={"model": "slow"})) for _ in range(2)
+            ]
+            await asyncio.sleep(0.05)
+            refused = await client.post(CHAT, json={"model": "b"})
+            release.set()
+            await asyncio.gather(*held)
+        return refused
+
+    refused = asyncio.run(run())
+    assert (refused.status_code, error_of(refused)["code"]) == (503, "server_overloaded")
+    assert int(refused.headers["retry-after"]) >= 1
+
+
+def test_a_name_that_does_not_exist_is_not_sent_back_at_any_length():
+    limits = Limits(max_body_bytes=1 << 20, max_open_requests=2)
+    response = call(make_router(limits=limits), "POST", CHAT, json={"model": "x" * 100_000})
+    assert response.status_code == 404
+    assert len(response.content) < 1000
+
+
 def test_a_disconnect_reaches_the_models_application():
     """What vLLM relies on to abort a request: `receive` behind the body is the server's own."""
     seen: list[str] = []
@@ -280,6 +324,10 @@ def test_a_client_that_leaves_before_its_body_is_complete_gets_nothing():
     asyncio.run(make_router()(scope, receive, send))
 
 
+def key_line(key: str) -> str:
+    return f"sha256:{hashlib.sha256(key.encode()).hexdigest()}"
+
+
 @pytest.mark.parametrize(
     ("header", "status"),
     [
@@ -292,19 +340,12 @@ def test_a_client_that_leaves_before_its_body_is_complete_gets_nothing():
 )
 def test_with_a_keys_file_only_its_keys_are_let_in(tmp_path, header, status):
     file = tmp_path / "keys"
-    file.write_text("# ours\nother\n\nright\n")
+    file.write_text(f"# ours\n{key_line('other')}\n\n{key_line('right')} mine\n")
     router = make_router(api_keys=ApiKeys(file))
     headers = {} if header is None else {"authorization": header}
     assert call(router, "POST", CHAT, json={"model": "a"}, headers=headers).status_code == status
     assert call(router, "GET", "/v1/models", headers=headers).status_code == status
     assert call(router, "GET", "/health").status_code == 200
-
-
-def test_a_keys_file_without_keys_is_refused(tmp_path):
-    file = tmp_path / "keys"
-    file.write_text("# none yet\n")
-    with pytest.raises(ConfigError, match="no API key"):
-        ApiKeys(file)
 
 
 def test_the_lifespans_of_all_applications_are_run():

@@ -221,9 +221,16 @@ class ServerConfig(Strict):
     port: int = Field(default=8000, ge=0, le=65535)
     """0: any free port, printed at the start."""
     api_keys_file: str | None = None
-    """One key per line; null: no key is asked for. A relative path starts at the pool file."""
+    """Hashes of the keys that are let in, as `aegaeon key` writes them; read again when it changes.
+    null: no key is asked for, which only a loopback address may do. A relative path starts at the
+    pool file.
+    """
     max_queued_requests: int = Field(default=256, ge=1)
     """Open requests per model beyond which new ones are answered 429."""
+    max_open_requests: int = Field(default=2048, ge=1)
+    """Open requests of all models together beyond which new ones are answered 503."""
+    max_n: int = Field(default=8, ge=1)
+    """Most answers that one request may ask for, with `n` or `best_of`."""
     max_body_bytes: Size = 16 << 20
     """Longest request body."""
     drain_timeout: Duration = 30.0
@@ -250,6 +257,20 @@ class AdminConfig(Strict):
     """Path of a unix socket (created with mode 0600), or `auto`: one in a private temporary
     directory.
     """
+    port: int | None = Field(default=None, ge=1, le=65535)
+    """A port on the loopback address beside the socket, for tools that cannot use one. Needs
+    `keys_file`.
+    """
+    keys_file: str | None = None
+    """Hashes of the keys that are let in on `port`, in the form of `server.api_keys_file`. The
+    socket asks for none: its file is this user's alone.
+    """
+
+    @model_validator(mode="after")
+    def _no_port_without_keys(self) -> Self:
+        if self.port is not None and self.keys_file is None:
+            raise _fault("a port needs admin.keys_file; `aegaeon key FILE` makes one", "port")
+        return self
 
     @field_validator("socket")
     @classmethod
@@ -401,20 +422,26 @@ def _with_absolute_paths(pool: PoolConfig, source: YamlSource) -> PoolConfig:
             )
         else:
             models.append(model.model_copy(update={"model": found}))
-    server = pool.server
-    if server.api_keys_file is not None:
-        keys = folder / Path(server.api_keys_file).expanduser()
+    server, admin = pool.server, pool.admin
+    files: dict[KeyPath, str | None] = {
+        ("server", "api_keys_file"): server.api_keys_file,
+        ("admin", "keys_file"): admin.keys_file,
+    }
+    for key_path, name in files.items():
+        if name is None:
+            continue
+        keys = folder / Path(name).expanduser()
         if not keys.is_file():
-            key_path = ("server", "api_keys_file")
             faults.append(
-                f"{source.where(key_path)}: {spell(key_path)}: got {server.api_keys_file!r}; "
-                f"expected a file with one key per line ({keys} does not exist)"
+                f"{source.where(key_path)}: {spell(key_path)}: got {name!r}; expected a file of "
+                f"keys, as `aegaeon key FILE` makes it ({keys} does not exist)"
             )
-        server = server.model_copy(update={"api_keys_file": str(keys)})
-    admin = pool.admin
+        files[key_path] = str(keys)
+    server = server.model_copy(update={"api_keys_file": files["server", "api_keys_file"]})
+    admin = admin.model_copy(update={"keys_file": files["admin", "keys_file"]})
     if admin.socket != "auto":
         socket = folder / Path(admin.socket).expanduser()
-        admin = AdminConfig(socket=str(socket))
+        admin = admin.model_copy(update={"socket": AdminConfig(socket=str(socket)).socket})
     cache = pool.image_cache
     if cache.directory is not None:
         directory = envs.cache_dir() / "aegaeon"

@@ -13,14 +13,14 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
 from aegaeon.core.errors import AegaeonError
 from aegaeon.core.serving import AsgiApp, ServedModel
-from aegaeon.server.auth import ApiKeys
+from aegaeon.server.auth import ApiKeys, unauthorized
 from aegaeon.server.errors import error_response
 from aegaeon.server.exchange import note_model
 from aegaeon.server.objectives import BadObjective, objectives, with_objectives
@@ -63,6 +63,8 @@ _MAX_JSON_DEPTH = 64
 _STRING_OR_BRACKET = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[{\]}]')
 # Parsing more than this is left to a thread, so that the streams of others go on meanwhile.
 _PARSED_AT_ONCE_BYTES = 64 << 10
+# Of a name that does not exist; what a client sends is not sent back at any length.
+_SHOWN_NAME_CHARS = 128
 _STARTING = Unavailable("starting", "the models are being loaded", retry_after_s=5)
 _NO_ANSWER = Unavailable("instance_down", "the instance does not answer", retry_after_s=1)
 
@@ -80,6 +82,8 @@ class Limits:
 
     max_body_bytes: int
     max_open_requests: int
+    max_open_total: int = 2048
+    max_n: int = 8
 
 
 class Router:
@@ -172,12 +176,7 @@ class Router:
             and path not in _OPEN_ROUTES
             and not self._api_keys.allow(_header(scope, "authorization"))
         ):
-            return error_response(
-                401,
-                "a valid API key is required: send it as 'Authorization: Bearer <key>'",
-                type="authentication_error",
-                code="invalid_api_key",
-            )
+            return unauthorized()
         reads = method in ("GET", "HEAD")
         if reads and path in _OPEN_ROUTES:
             return await self._health()
@@ -223,6 +222,17 @@ class Router:
                 param="model",
                 retry_after_s=1,
             )
+        if len(self._open) >= self._limits.max_open_total:
+            return error_response(
+                503,
+                f"{self._limits.max_open_total} requests are open; try again later",
+                type="server_error",
+                code="server_overloaded",
+                retry_after_s=1,
+            )
+        too_many = _too_many_answers(self._limits.max_n, request)
+        if too_many is not None:
+            return too_many
         if scope["path"] in _TOKEN_ROUTES:
             try:
                 wanted = objectives(_headers(scope), request)
@@ -327,9 +337,10 @@ class Router:
 
     def _unknown(self, name: str) -> Response:
         valid = ", ".join(self._by_name)
+        named = name if len(name) <= _SHOWN_NAME_CHARS else f"{name[:_SHOWN_NAME_CHARS]}..."
         return error_response(
             404,
-            f"the model {name!r} does not exist; this server has: {valid}",
+            f"the model {named!r} does not exist; this server has: {valid}",
             type="not_found_error",
             code="model_not_found",
             param="model",
@@ -343,7 +354,7 @@ def _parsed(body: bytes) -> Mapping[str, Any] | Response:
             400, f"the body is nested deeper than {_MAX_JSON_DEPTH} levels", code="invalid_json"
         )
     try:
-        request = json.loads(body)
+        request = json.loads(body, parse_constant=_no_constant, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         return error_response(400, f"the body is not valid JSON: {error}", code="invalid_json")
     if not isinstance(request, Mapping):
@@ -354,6 +365,35 @@ def _parsed(body: bytes) -> Mapping[str, Any] | Response:
             400, 'the body must name a model: "model": "..."', code="missing_model", param="model"
         )
     return request
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys all differ: which of two counts is for nobody to guess."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("an object has the same key twice")
+    return found
+
+
+def _too_many_answers(limit: int, request: Mapping[str, Any]) -> Response | None:
+    for key in ("n", "best_of"):
+        value = request.get(key)
+        if isinstance(value, int) and value > limit:
+            return error_response(
+                400,
+                f"{key}: got {_shortened(value)}; expected at most {limit}",
+                code="too_many_answers",
+                param=key,
+            )
+    return None
+
+
+def _shortened(value: int) -> str:
+    return str(value) if value.bit_length() < 64 else "a very large number"
 
 
 def _dumped(request: Mapping[str, Any]) -> bytes:
