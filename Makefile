@@ -17,7 +17,7 @@ NATIVE := CMakeLists.txt setup.py $(shell find csrc -name '*.[ch]pp' -o -name CM
 CXX_SOURCES := $(shell find csrc -name '*.[ch]pp')
 export CMAKE_ARGS ?= -DAEGAEON_WERROR=ON
 
-.PHONY: demo test lint format bench sanitize clean install
+.PHONY: demo test soak lint format bench sanitize clean install
 .DELETE_ON_ERROR:
 
 # Several models in too little memory, through the whole stack, with a printed report.
@@ -26,6 +26,10 @@ demo: install
 
 test: install
 	$(PY) -m pytest tests -m "not soak" $(PYTEST_ARGS)
+
+# The same claims at length: millions of steps, a million executions of each parser. An hour or two.
+soak: install
+	$(PY) -m pytest tests -m soak $(PYTEST_ARGS)
 
 lint: install
 	$(PY) -m ruff check .

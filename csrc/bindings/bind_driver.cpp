@@ -236,8 +236,8 @@ void bind_driver(py::module_& module) {
 
   bind_simulated(module);
 
-  module.def("make_host_driver", &make_host_driver, py::kw_only(), py::arg("capacity_bytes"),
-             py::arg("move_page_tables"));
+  module.def("make_host_driver", py::overload_cast<std::size_t, bool>(&make_host_driver),
+             py::kw_only(), py::arg("capacity_bytes"), py::arg("move_page_tables"));
   module.def("make_cuda_driver", &make_cuda_driver, py::kw_only(), py::arg("index"),
              py::arg("library"), ReleaseGil());
   module.def("count_cuda_devices", &count_cuda_devices, py::kw_only(), py::arg("library"),

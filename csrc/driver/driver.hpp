@@ -110,9 +110,13 @@ class Driver {
   virtual Result event_synchronize(EventId event) noexcept = 0;
 };
 
+inline constexpr std::size_t kHostGranularity = std::size_t{2} << 20;
 // The embedded default: a device of capacity_bytes in this process's own memory. Page tables move
 // with the memory where the kernel can do that; move_page_tables = false is for tests of the rest.
 std::shared_ptr<Driver> make_host_driver(std::size_t capacity_bytes, bool move_page_tables);
+// With granules of that many bytes, a multiple of a page: for tests that look at every byte.
+std::shared_ptr<Driver> make_host_driver(std::size_t capacity_bytes, bool move_page_tables,
+                                         std::size_t granularity_bytes);
 
 // CUDA device `index` through the driver library (opened here, never linked). Throws DriverError,
 // with what to do about it, when the library, the device or a needed call is missing.

@@ -22,6 +22,9 @@ class FaultyDriver final : public Driver {
   // From now on the n-th call (counted from 1; of that name, if one is given) returns `code`
   // without reaching the driver; all later matching calls too when persistent.
   void fail_call(std::uint64_t n, std::optional<std::string> call, Result code, bool persistent);
+  // And the n-th too, counted like the first one, and all later ones when persistent: for failures
+  // on the way back. After fail_call.
+  void also_fail_call(std::uint64_t n, bool persistent);
   // Calls of that name wait inside the driver until release().
   void hold(std::string call);
   void release();
@@ -38,6 +41,13 @@ class FaultyDriver final : public Driver {
   void reset();
   [[nodiscard]] std::map<std::string, std::uint64_t> calls() const;
   [[nodiscard]] std::map<std::string, std::int64_t> live() const;
+  // Where calls came from since it was made: by return address, in a build that keeps frames.
+  struct CallSite {
+    char const* call = "";
+    std::uint64_t num_calls = 0;
+    std::uint64_t num_failures = 0;  // of those that were told to fail
+  };
+  [[nodiscard]] std::map<void const*, CallSite> call_sites() const;
 
   std::string name() const override { return inner_->name(); }
   DeviceKind kind() const noexcept override { return inner_->kind(); }
@@ -84,13 +94,15 @@ class FaultyDriver final : public Driver {
 
  private:
   template <typename Call>
-  Result pass(char const* name, Call call) noexcept;
+  Result pass(char const* name, void const* from, Call call) noexcept;
   void count(char const* object, std::int64_t change);
   void log_copy(char const* call, Address device_address, std::size_t bytes);
 
   std::shared_ptr<Driver> inner_;
   mutable std::mutex mutex_;   // guards all that follows
   std::uint64_t fail_at_ = 0;  // 0: never
+  std::uint64_t also_fail_at_ = 0;
+  bool also_persistent_ = false;
   std::optional<std::string> fail_name_;
   Result fail_code_ = kInvalidValue;
   bool persistent_ = false;
@@ -101,6 +113,7 @@ class FaultyDriver final : public Driver {
   std::vector<Copy> copies_;
   std::map<std::string, std::uint64_t> calls_;
   std::map<std::string, std::int64_t> live_;
+  std::map<void const*, CallSite> call_sites_;
   std::map<Address, std::size_t> mapped_;  // an unmap may cover many mappings
 };
 

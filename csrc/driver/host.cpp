@@ -60,8 +60,9 @@ struct Mapped {
 
 class HostDriver final : public Driver {
  public:
-  HostDriver(std::size_t capacity_bytes, bool move_page_tables)
+  HostDriver(std::size_t capacity_bytes, bool move_page_tables, std::size_t granularity_bytes)
       : capacity_(capacity_bytes),
+        granularity_(granularity_bytes),
         can_move_(move_page_tables ? probe_page_table_moves() : PageTableMoves{}),
         process_(getpid()) {}
 
@@ -80,7 +81,7 @@ class HostDriver final : public Driver {
   std::string name() const override { return "host"; }
   DeviceKind kind() const noexcept override { return DeviceKind::kHost; }
   int device_index() const noexcept override { return 0; }
-  std::size_t granularity_bytes() const noexcept override { return kHostGranularity; }
+  std::size_t granularity_bytes() const noexcept override { return granularity_; }
 
   std::string describe(Result code) const override {
     switch (code) {
@@ -113,7 +114,7 @@ class HostDriver final : public Driver {
 
   Result mem_create(MemHandle* handle, std::size_t bytes, bool exportable) noexcept override {
     std::lock_guard lock(mutex_);
-    if (bytes == 0 || bytes % kHostGranularity != 0) return kInvalidValue;
+    if (bytes == 0 || bytes % granularity_ != 0) return kInvalidValue;
     if (bytes > capacity_ - used_) return kDriverOutOfMemory;
     auto piece = files_.create(bytes, exportable);
     if (piece.file == nullptr) return kDriverOutOfMemory;
@@ -137,7 +138,7 @@ class HostDriver final : public Driver {
 
   Result mem_import(MemHandle* handle, int fd, std::size_t bytes) noexcept override {
     std::lock_guard lock(mutex_);
-    if (bytes == 0 || bytes % kHostGranularity != 0) return kInvalidValue;
+    if (bytes == 0 || bytes % granularity_ != 0) return kInvalidValue;
     Result why_not = kSuccess;
     auto piece = files_.import(fd, bytes, &why_not);
     if (piece.file == nullptr) return why_not;
@@ -158,9 +159,9 @@ class HostDriver final : public Driver {
   Result address_reserve(Address* address, std::size_t bytes,
                          std::size_t alignment) noexcept override {
     std::lock_guard lock(mutex_);
-    if (bytes == 0 || bytes % kHostGranularity != 0) return kInvalidValue;
+    if (bytes == 0 || bytes % granularity_ != 0) return kInvalidValue;
     if ((alignment & (alignment - 1)) != 0) return kInvalidValue;
-    Address begin = reserve_aligned(bytes, std::max(alignment, kHostGranularity));
+    Address begin = reserve_aligned(bytes, std::max(alignment, granularity_));
     if (begin == 0) return kDriverOutOfMemory;
     reservations_.emplace(begin, bytes);
     *address = begin;
@@ -184,7 +185,7 @@ class HostDriver final : public Driver {
     auto found = memories_.find(handle);
     if (found == memories_.end() || found->second.released) return kInvalidValue;
     if (offset != 0 || bytes != found->second.piece.bytes) return kInvalidValue;
-    if (address % kHostGranularity != 0 || !reserved(address, bytes)) return kInvalidValue;
+    if (address % granularity_ != 0 || !reserved(address, bytes)) return kInvalidValue;
     auto next = mapped_.lower_bound(address);
     if (next != mapped_.end() && next->first < address + bytes) return kInvalidValue;
     if (next != mapped_.begin()) {
@@ -518,6 +519,7 @@ class HostDriver final : public Driver {
   }
 
   std::size_t const capacity_;
+  std::size_t const granularity_;
   PageTableMoves const can_move_;
   pid_t const process_;
   mutable std::mutex mutex_;  // guards all that follows
@@ -536,7 +538,12 @@ class HostDriver final : public Driver {
 }  // namespace
 
 std::shared_ptr<Driver> make_host_driver(std::size_t capacity_bytes, bool move_page_tables) {
-  return std::make_shared<HostDriver>(capacity_bytes, move_page_tables);
+  return make_host_driver(capacity_bytes, move_page_tables, kHostGranularity);
+}
+
+std::shared_ptr<Driver> make_host_driver(std::size_t capacity_bytes, bool move_page_tables,
+                                         std::size_t granularity_bytes) {
+  return std::make_shared<HostDriver>(capacity_bytes, move_page_tables, granularity_bytes);
 }
 
 }  // namespace aegaeon

@@ -16,8 +16,6 @@
 
 namespace aegaeon {
 
-inline constexpr std::size_t kHostGranularity = std::size_t{2} << 20;
-
 inline void* pointer(Address address) noexcept {
   return reinterpret_cast<void*>(address);
 }

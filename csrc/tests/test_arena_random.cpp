@@ -10,15 +10,6 @@ namespace {
 
 constexpr std::size_t kCapacity = 24, kRegion = 16;  // granules
 
-void require_ledger(Arena const& arena) {
-  auto stats = arena.stats();
-  std::size_t owned = 0;
-  for (auto const& [who, bytes] : stats.owners) owned += bytes;
-  require(owned + stats.free_bytes + stats.quarantined_bytes == stats.capacity_bytes,
-          "the ledger holds");
-  require(stats.pool.created_bytes <= stats.capacity_bytes, "no more is created than allowed");
-}
-
 void write(Region const& region, std::uint8_t value) {
   for (auto const& range : region.mapped_ranges()) {
     for (std::size_t at = 0; at < range.size_bytes; at += kGranule) {
@@ -57,8 +48,8 @@ void act(Region& region, Random& random) {
 
 }  // namespace
 
-void arena_random() {
-  for (std::uint32_t seed = 0; seed < 60; ++seed) {
+void arena_random(std::size_t num_seeds) {
+  for (std::uint32_t seed = 0; seed < num_seeds; ++seed) {
     Random random(seed);
     auto driver = std::make_shared<FaultyDriver>(make_host_driver(kCapacity * kGranule, true));
     auto arena =
@@ -98,7 +89,7 @@ void arena_random() {
   }
 }
 
-void arena_threads() {
+void arena_threads(std::size_t num_rounds) {
   auto driver = std::make_shared<FaultyDriver>(make_host_driver(kCapacity * kGranule, true));
   auto arena = std::make_shared<Arena>(driver, kCapacity * kGranule, 2 * kGranule);
   std::atomic<int> num_failed = 0;
@@ -108,7 +99,7 @@ void arena_threads() {
       try {
         Random random(seed);
         auto value = static_cast<std::uint8_t>(seed + 1);
-        for (int round = 0; round < 20; ++round) {
+        for (std::size_t round = 0; round < num_rounds; ++round) {
           auto region = arena->reserve(kRegion * kGranule, concat("owner", seed), "t");
           for (int step = 0; step < 20; ++step) {
             act(*region, random);

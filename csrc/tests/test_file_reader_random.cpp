@@ -183,10 +183,9 @@ void fill_once(Random& random, std::shared_ptr<Driver> const& driver) {
 
 }  // namespace
 
-void safetensors_random() {
+void safetensors_fuzz(std::size_t num_files) {
   std::size_t num_valid = 0;
-  constexpr std::uint32_t kFiles = 100000;
-  for (std::uint32_t seed = 0; seed < kFiles; ++seed) {
+  for (std::uint32_t seed = 0; seed < num_files; ++seed) {
     Random random(seed);
     auto file = random_safetensors(random);
     spoil(file, random);
@@ -206,12 +205,12 @@ void safetensors_random() {
       require(std::string_view(error.what()).starts_with("f: "), "the message names the file");
     }
   }
-  require(num_valid > kFiles / 10 && num_valid < kFiles / 2, "both verdicts are common");
+  require(num_valid > num_files / 10 && num_valid < num_files / 2, "both verdicts are common");
 }
 
-void file_reader_random() {
+void file_reader_random(std::size_t num_fills) {
   auto driver = std::make_shared<FaultyDriver>(make_host_driver(kGranule, true));
-  for (std::uint32_t seed = 0; seed < 25; ++seed) {
+  for (std::uint32_t seed = 0; seed < num_fills; ++seed) {
     Random random(seed);
     fill_once(random, driver);
   }

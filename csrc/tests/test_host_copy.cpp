@@ -23,11 +23,11 @@ void check_copy(Random& random, std::size_t to, std::size_t from, std::size_t by
 
 }  // namespace
 
-void host_copy() {
+void host_copy(std::size_t num_rounds) {
   Random random(1);
   std::size_t half = kRoom / 2;
   check_copy(random, 0, half, 0);
-  for (int i = 0; i < 60; ++i) {
+  for (std::size_t i = 0; i < num_rounds; ++i) {
     // Around the size where streaming starts, and around whole lines above it.
     std::size_t bytes = kStreamingBytes - 2 + random.below(5) + random.below(3) * 64;
     check_copy(random, random.below(130), half + random.below(130), bytes);

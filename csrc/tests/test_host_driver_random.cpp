@@ -259,15 +259,10 @@ class Model {
 
 }  // namespace
 
-void host_driver_random() {
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-  constexpr int kSteps = 200'000;
-#else
-  constexpr int kSteps = 1'000'000;
-#endif
+void host_driver_random(std::size_t num_steps) {
   for (std::uint32_t seed = 0; seed < 3; ++seed) {
     Model model(seed);
-    for (int i = 0; i < kSteps; ++i) {
+    for (std::size_t i = 0; i < num_steps; ++i) {
       model.step();
       model.check();
     }

@@ -75,9 +75,10 @@ void copy_once(Random& random, std::size_t page_bytes, std::size_t max_blocks) {
 
 }  // namespace
 
-void page_copy_random() {
+void page_copy_random(std::size_t num_rounds) {
   Random random(11);
-  for (int round = 0; round < 300; ++round) copy_once(random, 1 + random.below(3000), 30);
+  for (std::size_t round = 0; round < num_rounds; ++round)
+    copy_once(random, 1 + random.below(3000), 30);
   // Several threads, and copies that pass the caches by.
   for (int round = 0; round < 8; ++round) copy_once(random, 1 + random.below(120'000), 60);
 }

@@ -93,8 +93,8 @@ void run(std::uint32_t seed) {
 
 }  // namespace
 
-void suballocator_random() {
-  for (std::uint32_t seed = 0; seed < 100; ++seed) run(seed);
+void suballocator_random(std::size_t num_seeds) {
+  for (std::uint32_t seed = 0; seed < num_seeds; ++seed) run(seed);
   Suballocator empty(kUnit - 1);
   require(!empty.allocate(1), "less than a unit holds nothing");
   require(!Suballocator(kUnit).allocate(std::numeric_limits<std::size_t>::max()),

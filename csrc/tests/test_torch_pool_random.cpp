@@ -191,8 +191,8 @@ class TorchModel {
 
 }  // namespace
 
-void torch_pool_random() {
-  for (std::uint32_t seed = 0; seed < 60; ++seed) {
+void torch_pool_random(std::size_t num_seeds) {
+  for (std::uint32_t seed = 0; seed < num_seeds; ++seed) {
     TorchModel model(seed);
     for (int step = 0; step < 150; ++step) model.step();
     model.finish();
@@ -201,7 +201,7 @@ void torch_pool_random() {
   }
 }
 
-void torch_pool_threads() {
+void torch_pool_threads(std::size_t num_steps) {
   auto driver = std::make_shared<FaultyDriver>(make_host_driver(kCapacity, true));
   auto arena = std::make_shared<Arena>(driver, kCapacity, 2 * kGranule);
   auto shared = std::make_shared<TorchPool>(std::vector{arena->reserve(kCapacity, "shared", "t")});
@@ -215,7 +215,7 @@ void torch_pool_threads() {
         auto* id = reinterpret_cast<void*>(stream.id());
         shared->activate();
         std::map<Address, TorchPiece> mine;
-        for (int step = 0; step < 300; ++step) {
+        for (std::size_t step = 0; step < num_steps; ++step) {
           if (random.below(100) < 55) {
             TorchPiece piece{1 + random.below(kGranule), static_cast<std::uint8_t>(seed + 1), 0};
             auto address = reinterpret_cast<Address>(aegaeon_torch_malloc(piece.bytes, 0, id));

@@ -14,11 +14,6 @@
 namespace aegaeon::tests {
 namespace {
 
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-constexpr std::size_t kNumTransfers = 20'000;
-#else
-constexpr std::size_t kNumTransfers = 100'000;
-#endif
 constexpr std::size_t kNumThreads = 4;
 constexpr std::size_t kArea = 64 << 10;  // of image and region, that a thread works on
 
@@ -279,7 +274,7 @@ class Worker {
   Outcomes outcomes_;
 };
 
-void random_transfers(std::shared_ptr<Driver> const& inner) {
+void random_transfers(std::shared_ptr<Driver> const& inner, std::size_t num_transfers) {
   auto driver = std::make_shared<FaultyDriver>(inner);
   auto arena = std::make_shared<Arena>(driver, 2 * kNumThreads * kGranule, kGranule);
   {
@@ -293,7 +288,7 @@ void random_transfers(std::shared_ptr<Driver> const& inner) {
     for (auto& worker : workers) {
       threads.emplace_back([&] {
         try {
-          worker->run(kNumTransfers / kNumThreads, num_wrong);
+          worker->run(num_transfers / kNumThreads, num_wrong);
         } catch (std::exception const& error) {
           std::printf("%s\n", error.what());
           ++num_wrong;
@@ -321,8 +316,8 @@ void random_transfers(std::shared_ptr<Driver> const& inner) {
             "every transfer ends once");
     std::printf("        %zu done, %zu cancelled, %zu failed\n", seen.num_done, seen.num_cancelled,
                 seen.num_failed);
-    require(seen.num_failed * 500 > kNumTransfers, "faults happen");
-    require(seen.num_cancelled * 50 > kNumTransfers, "cancels happen");
+    require(seen.num_failed * 500 > num_transfers, "faults happen");
+    require(seen.num_cancelled * 50 > num_transfers, "cancels happen");
   }
   arena->close();
   arena.reset();
@@ -413,16 +408,16 @@ std::shared_ptr<Driver> simulated() {
 
 }  // namespace
 
-void transfers_on_host() {
-  random_transfers(host());
+void transfers_on_host(std::size_t num_transfers) {
+  random_transfers(host(), num_transfers);
 }
 
-void transfers_on_simulated() {
-  random_transfers(simulated());
+void transfers_on_simulated(std::size_t num_transfers) {
+  random_transfers(simulated(), num_transfers);
 }
 
-void transfer_faults() {
-  for (std::uint32_t seed = 0; seed < 100; ++seed) {
+void transfer_faults(std::size_t num_seeds) {
+  for (std::uint32_t seed = 0; seed < num_seeds; ++seed) {
     faults_on(host(), seed);
     faults_on(simulated(), seed);
   }

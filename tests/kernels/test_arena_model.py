@@ -8,10 +8,19 @@ from __future__ import annotations
 
 import ctypes
 import gc
+from typing import Literal
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from kernel_support import GRANULE, assert_ledger
 
 import aegaeon_kernels as ak
@@ -127,6 +136,69 @@ class ArenaModel(RuleBasedStateMachine):
             self.mapped[name] = {}
         self.device.reset()
 
+    @rule(
+        gone=st.sampled_from("abc"),
+        name=st.sampled_from("abc"),
+        span=ranges,
+        contents=st.sampled_from(["zero", "poison", "preserve"]),
+        fail=st.none() | st.integers(1, 16),
+    )
+    def evict_and_map(
+        self,
+        gone: str,
+        name: str,
+        span: tuple[int, int],
+        contents: Literal["zero", "poison", "preserve"],
+        fail: int | None,
+    ) -> None:
+        """One transaction: all that `gone` has makes way for a part of `name`."""
+        begin, count = span
+        left = {} if gone == name else self.mapped[name]
+        taken = any(g in left for g in range(begin, begin + count))
+        room = self.free() + len(self.mapped[gone])
+        self.device.reset()
+        if fail:
+            self.device.fail_call(fail, code=719)
+        plan = self.arena.transaction()
+        plan.unmap(self.regions[gone])
+        plan.map(self.regions[name], begin * GRANULE, count * GRANULE, contents=contents)
+        try:
+            self.arena.commit(plan.steps)
+        except ak.LifecycleError:
+            assert taken or not self.mapped[gone]
+        except ak.OutOfMemory:
+            assert count > room
+        except ak.DriverError as error:
+            assert fail
+            self.lose(error)
+        else:
+            assert self.mapped[gone]
+            assert not taken
+            assert count <= room
+            self.mapped[gone] = {}
+            for granule, start in self.handle_starts(begin, count).items():
+                value = 0xFF if contents == "poison" else None
+                self.mapped[name][granule] = (start, value)
+        self.device.reset()
+
+    def lose(self, error: ak.DriverError) -> None:
+        """What the error names has lost its bytes, and may be mapped no more."""
+        assert not error.quarantined
+        for lost in error.lost_contents:
+            region = self.regions[lost.owner]
+            mapped = {
+                g
+                for offset, size in region.mapped_ranges()
+                for g in range(offset // GRANULE, (offset + size) // GRANULE)
+            }
+            begin = lost.offset_bytes // GRANULE
+            for granule in range(begin, begin + lost.size_bytes // GRANULE):
+                if granule in mapped:
+                    start, _ = self.mapped[lost.owner][granule]
+                    self.mapped[lost.owner][granule] = (start, None)
+                else:
+                    self.mapped[lost.owner].pop(granule, None)
+
     @rule(name=st.sampled_from("abc"))
     def write(self, name: str) -> None:
         for granule, (start, _) in self.mapped[name].items():
@@ -171,10 +243,23 @@ class ArenaModel(RuleBasedStateMachine):
         assert self.device.live == {}
 
 
-TestArenaModel = ArenaModel.TestCase
-TestArenaModel.settings = settings(
-    max_examples=150,
-    stateful_step_count=40,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
-)
+def walk(num_examples: int, num_steps: int) -> None:
+    run_state_machine_as_test(
+        ArenaModel,
+        settings=settings(
+            max_examples=num_examples,
+            stateful_step_count=num_steps,
+            deadline=None,
+            suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+        ),
+    )
+
+
+def test_an_arena_does_what_its_model_says() -> None:
+    walk(150, 40)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(7200)
+def test_an_arena_does_what_its_model_says_for_100_000_steps() -> None:
+    walk(1_000, 100)
