@@ -83,7 +83,7 @@ $(VENV)/installed.stamp: $(VENV)/torch.stamp pyproject.toml $(NATIVE)
 define INSTALL
 $(PY) -c "$(PRINT_BUILD_REQUIRES)" > $(VENV)/build-requires.txt
 $(PIP) -r $(VENV)/build-requires.txt
-$(IN_VENV) $(PIP) --no-build-isolation --editable ".[cpu,dev,bench,top,traces]"
+$(IN_VENV) $(PIP) --no-build-isolation --editable ".[cpu,dev,bench,top,sim,traces]"
 for package in torchvision torchaudio torchcodec; do \
   $(PY) -c "import $$package" 2> /dev/null || \
   $(PY) -m pip uninstall --quiet --yes $$package 2> /dev/null; done

@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
         {CORE, "httpx", "opentelemetry", "prometheus_client", "pydantic", "rich", "starlette"}
         | {"textual", "uvicorn"}
     ),
-    "aegaeon.sim": frozenset({CORE, SCHED, "aegaeon.switching.plan", "pydantic"}),
+    "aegaeon.sim": frozenset({CORE, SCHED, "aegaeon.switching.plan", "matplotlib", "pydantic"}),
     PLUGIN: frozenset(
         {CORE, SCHED, "aegaeon.sched.metrics", SWITCHING, "aegaeon.switching.plan", KERNELS}
         | {"numpy", "packaging", "prometheus_client", "torch", "vllm"}

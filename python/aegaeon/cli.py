@@ -316,6 +316,7 @@ def config_schema() -> None:
 
 
 app.command()(sim_cli.sim)
+app.command()(sim_cli.plan)
 
 
 def _admin(pool_file: Path | None, socket: Path | None) -> "AdminClient":

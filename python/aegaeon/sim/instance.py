@@ -12,7 +12,7 @@ import enum
 import math
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from heapq import heappush
 
 from aegaeon.core.slo import TokenRun
@@ -169,7 +169,8 @@ class Instance:
         self._current: Hosted | None = None
         self._quota_end_s = 0.0
         self._steps_done = 0
-        self._turn_ends_at = 0
+        self._turn_ends_at = self._turn_steps = 0
+        self._quota_s = 0.0
         self._repeating = False
         self._segment: _Segment | None = None
         self._asked_s = self._began_s = 0.0
@@ -260,7 +261,7 @@ class Instance:
         if segment is None or not self._repeating:
             return
         self._repeating = False
-        turn = min(self._turn.max_steps, self._steps_in(self._turn.quota_s, segment.gap_s))
+        turn = min(self._turn_steps, self._steps_in(self._quota_s, segment.gap_s))
         done = self._steps_done + self._steps_under_way(now)
         self._turn_ends_at = max(1, -(-done // turn)) * turn
         self._quota_end_s = NEVER_S
@@ -291,8 +292,6 @@ class Instance:
                 return
         turn = self.policy.next_turn(self.state(now), now)
         self._arrived.clear()
-        if turn is not None and self._shortest_s and turn.phase is Phase.BOTH:
-            turn = self._coarse(turn)
         if turn is None:
             blocked = [h.blocked_until for h in self.open.values() if h.blocked_until > now]
             self._wake_at(min(blocked, default=NEVER_S))
@@ -323,17 +322,6 @@ class Instance:
         else:
             self._end_of_switch(now)
 
-    def _coarse(self, turn: Turn) -> Turn:
-        """The same, but at least `shortest_s` long."""
-        hosted = self.hosted[turn.model]
-        batch = max(1, hosted.queue.num_decoding)
-        step_s = self.costs.step_s(turn.model, batch, hosted.queue.context_tokens)
-        return replace(
-            turn,
-            quota_s=max(turn.quota_s, self._shortest_s),
-            max_steps=max(turn.max_steps, self._steps_in(self._shortest_s, step_s)),
-        )
-
     def _end_of_switch(self, now: float) -> None:
         for name in self._turn.prefetch:
             if not self.memory.prefetch(name, now):
@@ -343,13 +331,26 @@ class Instance:
             self.hosted[name].view = None
         turn = self._turn
         self._steps_done = 0
-        self._quota_end_s = now + turn.quota_s
-        self._turn_ends_at = turn.max_steps
+        self._quota_s, self._turn_ends_at = turn.quota_s, turn.max_steps
+        if self._shortest_s and turn.phase is Phase.BOTH:
+            self._lengthen()
+        self._quota_end_s = now + self._quota_s
+        self._turn_steps = self._turn_ends_at
         # Alone with work it would be chosen again and again: not asked until somebody comes. Turns
         # of one phase are left out, they depend on those before.
         self._repeating = len(self.open) == 1 and turn.phase is Phase.BOTH
         self._began_s = now
         self._begin_steps(now)
+
+    def _lengthen(self) -> None:
+        """The turn lasts at least `shortest_s`."""
+        hosted = self._current
+        assert hosted is not None
+        self._quota_s = max(self._quota_s, self._shortest_s)
+        if self._turn_ends_at < UNLIMITED_STEPS:
+            batch = max(1, hosted.queue.num_decoding)
+            step_s = self.costs.step_s(hosted.model.name, batch, hosted.queue.context_tokens)
+            self._turn_ends_at = max(self._turn_ends_at, self._steps_in(self._shortest_s, step_s))
 
     def _begin_steps(self, now: float) -> None:
         hosted, turn = self._current, self._turn
@@ -423,7 +424,7 @@ class Instance:
                 self._start_decoding(hosted, request)
             self._joining.clear()
         over = self._steps_done >= self._turn_ends_at or now >= self._quota_end_s - _EPSILON_S
-        if not queue.num_open or (over and not self._repeating):
+        if (over and not self._repeating) or not queue.num_open:
             self._end_of_turn(now)
         else:
             self._begin_steps(now)

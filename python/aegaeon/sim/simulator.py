@@ -104,10 +104,8 @@ class Simulation:
         make: builds the policy of each instance, instead of the one called `policy`.
         on_request: called with each request that has ended and its tokens.
         """
-        if policy not in SIM_POLICIES and make is None:
-            raise ConfigError(
-                f"unknown policy {policy!r}; expected one of: {', '.join(SIM_POLICIES)}"
-            )
+        if make is None:
+            check_policy(policy)
         self._models = {model.name: model for model in models}
         self._groups = groups
         self._policy = policy
@@ -274,6 +272,12 @@ def asked_shares(
             seconds[name] += profile.step_s * output_tokens / TYPICAL_BATCH
     span_s = max(1.0, requests[-1].at_s if requests else 1.0)
     return {name: each / span_s for name, each in seconds.items()}
+
+
+def check_policy(name: str) -> None:
+    """Raises ConfigError that lists the policies there are."""
+    if name not in SIM_POLICIES:
+        raise ConfigError(f"unknown policy {name!r}; expected one of: {', '.join(SIM_POLICIES)}")
 
 
 def check_fits(models: Sequence[Model], groups: Sequence[GpuGroup]) -> None:

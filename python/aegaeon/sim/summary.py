@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from aegaeon.core.slo import Attainment
 from aegaeon.sim.simulator import Result
 from aegaeon.sim.workload import Scenario
 
+# Names of the four definitions of `core.slo`; docs/simulation.md explains them.
+METRICS: Mapping[str, Callable[[Attainment], float]] = {
+    "tokens_on_time": lambda attainment: attainment.tokens,
+    "requests_on_time": lambda attainment: attainment.requests,
+    "requests_in_the_mean": lambda attainment: attainment.in_the_mean,
+    "artefact_formula": lambda attainment: attainment.lenient,
+}
+
 
 def attained(attainment: Attainment) -> dict[str, float]:
-    """The four definitions of `core.slo`, by the names that docs/simulation.md explains."""
-    return {
-        "tokens_on_time": attainment.tokens,
-        "requests_on_time": attainment.requests,
-        "requests_in_the_mean": attainment.in_the_mean,
-        "artefact_formula": attainment.lenient,
-    }
+    """By all definitions."""
+    return {name: value(attainment) for name, value in METRICS.items()}
 
 
 def quantile(values: Sequence[float], share: float) -> float:
