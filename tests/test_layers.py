@@ -46,18 +46,24 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
 COMPOSITION = frozenset(
     f"aegaeon.{name}"
     for name in (
-        *("__main__", "cli", "demo", "demo_report", "generate", "local_server"),
-        *(
-            "instance_process",
-            "launch",
-            "listeners",
-            "observers",
-            "pool_check",
-            "stop_request",
-            "supervisor",
-            "watched_files",
-        ),
+        "__main__",
+        "bench_report",
+        "bench_serve",
+        "cli",
+        "cli_bench",
+        "demo",
+        "demo_report",
+        "generate",
+        "instance_process",
+        "launch",
+        "listeners",
+        "local_server",
+        "observers",
+        "pool_check",
         "sim_cli",
+        "stop_request",
+        "supervisor",
+        "watched_files",
     )
 )
 COMPOSITION_USES = frozenset(

@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 from aegaeon import sim_cli
+from aegaeon.cli_bench import bench
 from aegaeon.core import config, logs
 from aegaeon.core.errors import AegaeonError, ConfigError
 
@@ -27,6 +28,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(bench, name="bench")
 
 PoolFile = Annotated[Path, typer.Argument(metavar="POOL.YAML", help="The pool file.")]
 

@@ -272,3 +272,30 @@ def test_the_log_has_a_json_line_per_request_and_nothing_of_what_was_said(server
     assert 0 < line["first_byte_s"] <= line["duration_s"]
     assert secret not in text
     assert answer.json()["choices"][0]["text"] not in text
+
+
+def test_bench_serve_and_the_server_count_the_same(server, tmp_path):
+    def on_server(name: str, metric: str, **labels: str) -> float:
+        return value(server, metric, model_name=name, **labels)
+
+    before = {name: on_server(name, "aegaeon_slo_tokens_total") for name in NAMES}
+    lines = tmp_path / "requests.csv"
+    options = ["--rate", "3", "--duration", "3", "--lengths", "24:8", "--csv", str(lines), "--json"]
+    objectives = ["--ttft-ms", "60000", "--tpot-ms", "10000"]
+    command = [sys.executable, "-m", "aegaeon", "bench", "serve", "--url", server.address]
+    done = subprocess.run(
+        [*command, *options, *objectives],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    report = json.loads(done.stdout)["models"]
+    assert list(report) == [*NAMES, "all"]
+    assert report["all"]["completed"] == report["all"]["requests"] > 0
+    assert len(lines.read_text().splitlines()) == 1 + report["all"]["requests"]
+    for name in NAMES:
+        mine = report[name]
+        assert mine["tokens"] == 8 * mine["requests"]
+        assert on_server(name, "aegaeon_slo_tokens_total") - before[name] == mine["tokens"]
+        assert mine["attainment"]["requests_99_percent_on_time"] == 1.0
