@@ -19,8 +19,9 @@ constexpr std::size_t kCutBytes = 4096;
 // Copies of at least this much leave the caches alone (see stream_copy).
 constexpr std::size_t kMinStreamedBytes = std::size_t{4} << 20;
 constexpr std::size_t kCacheLineBytes = 64;
-// Of the next page: enough to hide the latency of jumping there, the hardware fetches the rest.
-constexpr std::size_t kPrefetchedBytes = 1024;
+// How far reads run ahead of copying, over the ends of pages. Blocks lie anywhere: the hardware's
+// own prefetching starts anew at every page, and it is there that a copy would wait.
+constexpr std::size_t kLinesAhead = 32;
 
 struct Piece {
   std::uintptr_t source = 0;
@@ -36,23 +37,22 @@ void cached_copy(Piece const& piece) {
 #if defined(__x86_64__)
 
 // Stores that do not read the destination's lines first: a third less traffic. memcpy does the
-// same, but only for single copies near the size of the last-level cache.
-void stream_copy(Piece const& piece, Piece const& next) {
+// same, but only for single copies near the size of the last-level cache. `fetch_ahead` is called
+// once for about every line.
+template <typename FetchAhead>
+void stream_copy(Piece const& piece, FetchAhead&& fetch_ahead) {
   auto bytes = piece.bytes;
   auto source = reinterpret_cast<char const*>(piece.source);
   auto destination = reinterpret_cast<char*>(piece.destination);
-  auto head = std::min(bytes, -piece.destination % kCacheLineBytes);
-  std::memcpy(destination, source, head);
-  source += head;
-  destination += head;
-  bytes -= head;
-  auto upcoming = reinterpret_cast<char const*>(next.source);
-  auto upcoming_end = upcoming + std::min(next.bytes, kPrefetchedBytes);
+  if (auto head = std::min(bytes, -piece.destination % kCacheLineBytes); head != 0) {
+    fetch_ahead();
+    std::memcpy(destination, source, head);
+    source += head;
+    destination += head;
+    bytes -= head;
+  }
   for (; bytes >= kCacheLineBytes; bytes -= kCacheLineBytes) {
-    if (upcoming < upcoming_end) {
-      _mm_prefetch(upcoming, _MM_HINT_T0);
-      upcoming += kCacheLineBytes;
-    }
+    fetch_ahead();
     __m128i line[4];
     std::memcpy(line, source, kCacheLineBytes);
     for (int i = 0; i < 4; ++i) {
@@ -61,7 +61,14 @@ void stream_copy(Piece const& piece, Piece const& next) {
     source += kCacheLineBytes;
     destination += kCacheLineBytes;
   }
-  std::memcpy(destination, source, bytes);
+  if (bytes != 0) {
+    fetch_ahead();
+    std::memcpy(destination, source, bytes);
+  }
+}
+
+void fetch(std::uintptr_t address) {
+  _mm_prefetch(reinterpret_cast<char const*>(address), _MM_HINT_NTA);
 }
 
 // Streamed stores become visible to other threads in order only after this.
@@ -71,9 +78,11 @@ void finish_streaming() {
 
 #else
 
-void stream_copy(Piece const& piece, Piece const&) {
+template <typename FetchAhead>
+void stream_copy(Piece const& piece, FetchAhead&&) {
   cached_copy(piece);
 }
+void fetch(std::uintptr_t) {}
 void finish_streaming() {}
 
 #endif
@@ -98,14 +107,59 @@ class PageCopy {
 
   // begin < end.
   void run(std::size_t begin, std::size_t end) const {
-    bool streamed = total_bytes_ >= kMinStreamedBytes;
-    auto copy = [&](Piece const& piece, Piece const& next) {
-      if (streamed) {
-        stream_copy(piece, next);
-      } else {
-        cached_copy(piece);
+    if (total_bytes_ < kMinStreamedBytes) {
+      for_each_piece(begin, end, cached_copy);
+      return;
+    }
+    SourceLines ahead(*this, begin, end);
+    for (std::size_t i = 0; i < kLinesAhead; ++i) ahead.fetch_next();
+    for_each_piece(begin, end,
+                   [&](Piece const& piece) { stream_copy(piece, [&] { ahead.fetch_next(); }); });
+    finish_streaming();
+  }
+
+ private:
+  struct Page {
+    std::size_t plane = 0;
+    std::size_t move = 0;
+  };
+
+  // The lines of the sources in the order in which they are copied.
+  class SourceLines {
+   public:
+    SourceLines(PageCopy const& pages, std::size_t begin, std::size_t end)
+        : pages_(pages), page_(pages.page_at(begin / pages.page_bytes_)), left_(end - begin) {
+      enter(begin % pages.page_bytes_);
+    }
+
+    // Nothing, behind the last one.
+    void fetch_next() {
+      if (at_ >= page_end_) {
+        if (left_ == 0) return;
+        page_ = pages_.after(page_);
+        enter(0);
       }
-    };
+      fetch(at_);
+      at_ += kCacheLineBytes;
+    }
+
+   private:
+    void enter(std::size_t inside) {
+      auto piece = pages_.piece_of(page_, inside, left_);
+      at_ = piece.source;
+      page_end_ = piece.source + piece.bytes;
+      left_ -= piece.bytes;
+    }
+
+    PageCopy const& pages_;
+    Page page_;
+    std::size_t left_;  // bytes of the pages after this one
+    std::uintptr_t at_ = 0;
+    std::uintptr_t page_end_ = 0;
+  };
+
+  template <typename Copy>
+  void for_each_piece(std::size_t begin, std::size_t end, Copy&& copy) const {
     auto page = page_at(begin / page_bytes_);
     auto pending = piece_of(page, begin % page_bytes_, end - begin);
     for (auto at = begin + pending.bytes; at < end;) {
@@ -116,19 +170,12 @@ class PageCopy {
           piece.destination == pending.destination + pending.bytes) {
         pending.bytes += piece.bytes;
       } else {
-        copy(pending, piece);
+        copy(pending);
         pending = piece;
       }
     }
-    copy(pending, {});
-    if (streamed) finish_streaming();
+    copy(pending);
   }
-
- private:
-  struct Page {
-    std::size_t plane = 0;
-    std::size_t move = 0;
-  };
 
   [[nodiscard]] Page page_at(std::size_t index) const {
     if (by_plane_) return {.plane = index / moves_.size(), .move = index % moves_.size()};
