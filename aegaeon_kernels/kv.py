@@ -5,11 +5,11 @@
     ak.kv.move(cache, src_ids, dst_ids, layout)     inside a cache, as compaction does
     ak.kv.plan_compaction(live_block_ids)           which blocks to move: kv_compact.py
 
-A cache is one tensor, or several (one per layer, for example) that count as laid end to end. A
-layout says where its blocks lie; where pages differ in size there are several layouts of one cache
-(kv_layout.py). On CUDA tensors the Triton kernel of kv_copy.py copies, ordered on the current
-stream; on CPU tensors native threads do, and all bytes are there when the call returns.
-reference.py defines what is correct.
+A cache is one tensor, or several (one per layer, for example) that count as laid end to end, or a
+region of an arena, fully mapped. A layout says where its blocks lie; where pages differ in size
+there are several layouts of one cache (kv_layout.py). On CUDA tensors the Triton kernel of
+kv_copy.py copies, ordered on the current stream; on CPU tensors native threads do, and all bytes
+are there when the call returns. reference.py defines what is correct.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from aegaeon_kernels import _C
 from aegaeon_kernels.kv_compact import Moves, MoveWaves, plan_compaction, plan_waves
 from aegaeon_kernels.kv_layout import BlockPages, KVLayout, block_pages, packed_copies
 from aegaeon_kernels.kv_tables import Operation, Part, PlaneTable, plane_tables
+from aegaeon_kernels.views import MemoryViews
 
 if TYPE_CHECKING:
     import torch
 
-    Cache: TypeAlias = torch.Tensor | Sequence[torch.Tensor]
+    Cache: TypeAlias = torch.Tensor | Sequence[torch.Tensor] | MemoryViews
     BlockIds: TypeAlias = Sequence[int] | npt.NDArray[np.integer[Any]] | torch.Tensor
 
 __all__ = [
@@ -67,7 +68,8 @@ def pack(
 ) -> int:
     """Copy blocks of a cache into one buffer, block after block; returns the bytes copied.
 
-    cache:     the tensor(s) of the layouts' allocation; contiguous, any dtype, at least size_bytes.
+    cache:     the tensor(s) of the layouts' allocation; contiguous, any dtype, at least size_bytes;
+               or the region that it is.
     block_ids: blocks in the order wanted, repeats allowed: a sequence, a numpy array or a CPU
                tensor of integers. A tensor on the cache's device needs `check_ids=False`.
     out:       contiguous, any dtype, on the cache's device, apart from the cache; its first
@@ -199,6 +201,10 @@ def _pages_of(layout: Layouts) -> BlockPages:
 
 def _parts_of(cache: Cache, pages: BlockPages) -> tuple[torch.Tensor, tuple[Part, ...]]:
     """The tensor that offsets count from, and the allocations."""
+    if isinstance(cache, MemoryViews):
+        import torch
+
+        cache = cache.tensor((cache.size_bytes,), torch.uint8)
     several = not hasattr(cache, "data_ptr")
     tensors = list(cast("Sequence[torch.Tensor]", cache if several else [cache]))
     if not tensors:

@@ -276,6 +276,33 @@ def merged_ranges(layouts: Iterable[KVLayout], block_ids: Sequence[int]) -> list
     return _merge(np.concatenate(starts), np.concatenate(ends))
 
 
+def unused_ranges(
+    layouts: Iterable[KVLayout], num_blocks: int, *, size_bytes: int, alignment_bytes: int
+) -> list[ByteRange]:
+    """What the first `num_blocks` blocks leave free of an allocation of size_bytes; ascending.
+
+    Of planes that lie one behind the other, each leaves its end. Ranges begin and end at multiples
+    of alignment_bytes, or at the end of the allocation. What lies between pages of one plane counts
+    as used. Raises ValueError for num_blocks < 1.
+    """
+    if num_blocks < 1:
+        raise ValueError(f"num_blocks={num_blocks}: without blocks all of it is free")
+    extents = sorted(
+        (offset, offset + (num_blocks - 1) * stride + layout.block_bytes)
+        for layout in layouts
+        for offset, stride in layout.planes
+    )
+    ranges: list[ByteRange] = []
+    used_until = 0
+    for start, end in (*extents, (size_bytes, size_bytes)):
+        first = -(-used_until // alignment_bytes) * alignment_bytes
+        last = start if start == size_bytes else start // alignment_bytes * alignment_bytes
+        if last > first:
+            ranges.append(ByteRange(first, last - first))
+        used_until = max(used_until, end)
+    return ranges
+
+
 def _runs(ids: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Starts and lengths of the runs of consecutive numbers in ascending unique `ids`."""
     breaks = np.flatnonzero(np.diff(ids) != 1) + 1

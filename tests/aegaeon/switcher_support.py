@@ -15,6 +15,7 @@ from aegaeon.core.clock import MonotonicClock
 from aegaeon.switching.kv_store import HostKVStore
 from aegaeon.switching.residency import DroppedKV, KVUnit
 from aegaeon.switching.switcher import Switcher, SwitchFailed
+from aegaeon_kernels.kv_compact import Moves
 from aegaeon_kernels.kv_layout import KVLayout, Plane
 from aegaeon_kernels.testing import FaultyDevice
 
@@ -54,6 +55,14 @@ class PatternModel:
         dropped = DroppedKV(num_blocks=len(self.contents), num_requests=1)
         self.contents.clear()
         return dropped
+
+    def immovable(self) -> list[int]:
+        return []
+
+    def renumber(self, moves: Moves) -> None:
+        for old, new in zip(moves.src_ids.tolist(), moves.dst_ids.tolist(), strict=True):
+            assert new not in self.contents
+            self.contents[new] = self.contents.pop(old)
 
     def pages(self, block: int) -> torch.Tensor:
         return self.kv.region.tensor((2, NUM_BLOCKS, PAGE), torch.uint8)[:, block]

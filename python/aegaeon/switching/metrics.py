@@ -105,6 +105,11 @@ class _SwitcherCollector(Collector):
             "Requests whose KV was given up and is computed again.",
             value=totals.recomputed_requests,
         )
+        yield CounterMetricFamily(
+            "aegaeon_kv_compacted_blocks",
+            "KV blocks moved on the device so that memory behind them could be given away.",
+            value=totals.compacted_blocks,
+        )
         store = self._switcher.kv_store.stats()
         kept = GaugeMetricFamily(
             "aegaeon_host_kv_bytes",

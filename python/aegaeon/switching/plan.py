@@ -1,4 +1,6 @@
-"""Plans an activation: which units to evict so that one model fits. Pure: bytes in, plan out."""
+"""Plans an activation: which units to shrink or evict so that one model fits. Pure: bytes in, plan
+out.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +13,9 @@ from aegaeon.core.errors import CapacityError
 class UnitView:
     """One evictable range of one model (`tag`: weights, kv), as the planner sees it.
 
-    size_bytes: device memory it takes when mapped.
+    size_bytes: device memory it takes when mapped as a whole. held_bytes: what it takes now; None:
+    all of that when it is mapped.
+    shrunk_bytes: what is left of that when it gives back what it does not need; None: it cannot.
     move_cost_bytes: bytes to copy if it is evicted now and wanted again.
     last_used: when its model last ran, on any clock. busy: whether it has open requests.
     needs_host: evicting it takes host memory that it does not have yet.
@@ -34,6 +38,19 @@ class UnitView:
     holds_host: bool = False
     droppable: bool = False
     order: int = 0
+    held_bytes: int | None = None
+    shrunk_bytes: int | None = None
+
+    @property
+    def mapped_bytes(self) -> int:
+        if self.held_bytes is None:
+            return self.size_bytes if self.mapped else 0
+        return self.held_bytes
+
+    @property
+    def spare_bytes(self) -> int:
+        """What it can give back and stay."""
+        return 0 if self.shrunk_bytes is None else self.mapped_bytes - self.shrunk_bytes
 
     @property
     def eviction_rank(self) -> tuple[bool, float, int, float]:
@@ -41,20 +58,21 @@ class UnitView:
         `order`; then, of idle models the least recently used, of busy ones the most recently used:
         they take turns, and the one that had the last turn waits longest for its next.
         """
-        cost = self.move_cost_bytes / max(1, self.size_bytes)
+        cost = self.move_cost_bytes / max(1, self.mapped_bytes)
         return (self.busy, cost, self.order, -self.last_used if self.busy else self.last_used)
 
 
 @dataclass(frozen=True)
 class ActivationPlan:
     """Indices into the units given. In this order: give up what `drop` holds, on the device or on
-    the host, and the host copies of `release`; evict; bring in. All may be empty.
+    the host, and the host copies of `release`; evict; shrink; bring in. All may be empty.
     """
 
     evict: tuple[int, ...]
     bring_in: tuple[int, ...]
     release: tuple[int, ...] = ()
     drop: tuple[int, ...] = ()
+    shrink: tuple[int, ...] = ()
 
 
 # (indices evicted, indices whose host memory is taken) -> whether the host has room for them.
@@ -71,21 +89,22 @@ def plan_activation(
 ) -> ActivationPlan:
     """What to evict and what to bring in so that all units of `target` are resident.
 
-    Never evicts a pinned model or the target, and nothing when the target fits beside what is
-    there. When the host has no room for a victim another one is chosen; when that does not help,
-    host copies of what is on the device as well are released; as a last resort units are dropped,
-    those of idle models first. Raises CapacityError, with the numbers, when it cannot fit at all.
+    Never touches a pinned model or the target, and nothing when the target fits beside what is
+    there. What units can give back and stay is taken before any is evicted. When the host has no
+    room for a victim another one is chosen; when that does not help, host copies of what is on the
+    device as well are released; as a last resort units are dropped, those of idle models first.
+    Raises CapacityError, with the numbers, when it cannot fit at all.
     """
     bring_in = tuple(
         index for index, unit in enumerate(units) if unit.model == target and not unit.resident
     )
-    missing_bytes = sum(units[index].size_bytes for index in bring_in if not units[index].mapped)
+    missing_bytes = sum(units[index].size_bytes - units[index].mapped_bytes for index in bring_in)
     evictable = [
         index
         for index, unit in enumerate(units)
         if unit.mapped and unit.model != target and not unit.pinned
     ]
-    reachable_bytes = free_bytes + sum(units[index].size_bytes for index in evictable)
+    reachable_bytes = free_bytes + sum(units[index].mapped_bytes for index in evictable)
     if reachable_bytes < missing_bytes:
         raise CapacityError(
             _does_not_fit(units, target, capacity_bytes),
@@ -95,6 +114,15 @@ def plan_activation(
     release: list[int] = []
     drop: list[int] = []
     wanted_bytes = missing_bytes - free_bytes
+    shrink = [index for index in evictable if units[index].spare_bytes > 0]
+    all_units, all_wanted_bytes = units, wanted_bytes
+    if wanted_bytes > 0 and shrink:
+        # As if all had given back what they can; who need not have is found at the end.
+        wanted_bytes -= sum(units[index].spare_bytes for index in shrink)
+        units = [
+            replace(unit, held_bytes=unit.shrunk_bytes) if index in shrink else unit
+            for index, unit in enumerate(units)
+        ]
     evict = _choose(units, evictable, wanted_bytes, release, drop, host_fits)
     for taken, index in _host_memory_to_take(units, target, release, drop):
         if evict is not None:
@@ -114,7 +142,23 @@ def plan_activation(
         release=tuple(index for index in release if index not in evict),
         # What stays on the device has only lost its copies, which come before drops.
         drop=tuple(index for index in drop if index in evict or not units[index].resident),
+        shrink=_needed(all_units, shrink, evict, all_wanted_bytes),
     )
+
+
+def _needed(
+    units: Sequence[UnitView], shrink: Sequence[int], evict: Sequence[int], wanted_bytes: int
+) -> tuple[int, ...]:
+    """Of `shrink`, what is needed beside `evict`; those that give back most are kept."""
+    needed: list[int] = []
+    wanted_bytes -= sum(units[index].mapped_bytes for index in evict)
+    candidates = [index for index in shrink if index not in evict]
+    for index in sorted(candidates, key=lambda index: -units[index].spare_bytes):
+        if wanted_bytes <= 0:
+            break
+        needed.append(index)
+        wanted_bytes -= units[index].spare_bytes
+    return tuple(needed)
 
 
 def _host_memory_to_take(
@@ -160,14 +204,14 @@ def _choose(
             if not host_fits(saved, taken):
                 continue
         evict.append(index)
-        available += units[index].size_bytes
+        available += units[index].mapped_bytes
     if available < wanted_bytes:
         return None
     # The last ones chosen may have made an early small one unnecessary.
     for index in list(evict):
-        if available - units[index].size_bytes >= wanted_bytes:
+        if available - units[index].mapped_bytes >= wanted_bytes:
             evict.remove(index)
-            available -= units[index].size_bytes
+            available -= units[index].mapped_bytes
     return evict
 
 
@@ -176,9 +220,7 @@ def _does_not_fit(units: Sequence[UnitView], target: str, capacity_bytes: int) -
         f"{format_bytes(unit.size_bytes)} {unit.tag}" for unit in units if unit.model == target
     )
     total = sum(unit.size_bytes for unit in units if unit.model == target)
-    pinned = sum(
-        unit.size_bytes for unit in units if unit.pinned and unit.mapped and unit.model != target
-    )
+    pinned = sum(unit.mapped_bytes for unit in units if unit.pinned and unit.model != target)
     held = f", of which pinned models hold {format_bytes(pinned)}" if pinned else ""
     return (
         f"model {target!r} needs {parts} = {format_bytes(total)}, device_memory is "

@@ -1,8 +1,9 @@
 """The residency of one model: its states, and the two things it keeps on the device.
 
 A model has a *weights* unit (immutable: evicting it is dropping it, the host image is the truth)
-and a *KV* unit (mutable: evicting it copies out what the host does not have yet). Each unit has its
-own stable virtual range; units come and go one by one, a model runs when both are resident.
+and a *KV* unit (mutable: evicting it copies out what the host does not have yet; shrinking it gives
+back what no live block needs). Each unit has its own stable virtual range; units come and go one by
+one, a model runs when both are resident.
 """
 
 import enum
@@ -14,7 +15,8 @@ from typing import Protocol
 
 import aegaeon_kernels as ak
 from aegaeon.switching.kv_store import BlockShape, HostKVStore
-from aegaeon_kernels.kv_layout import KVLayout
+from aegaeon_kernels.kv_compact import Moves
+from aegaeon_kernels.kv_layout import ByteRange, KVLayout, unused_ranges
 
 # Smaller goes first: what a switch waits for overtakes what is brought in ahead of its turn.
 SWITCH_PRIORITY = 0
@@ -58,11 +60,21 @@ class Unit(ABC):
 
     @property
     def resident(self) -> bool:
+        """All of it is on the device: its model may run."""
+        return self._valid and self.mapped_bytes == self.size_bytes
+
+    @property
+    def holds_bytes(self) -> bool:
+        """What its model needs is on the device, if not all that it needs to run."""
         return self._valid
 
     @abstractmethod
     def move_cost_bytes(self) -> int:
         """Bytes to copy if this unit is evicted now and wanted again."""
+
+    def shrunk_bytes(self) -> int:
+        """What it would hold if it gave back what it does not need; mapped_bytes: all it holds."""
+        return self.mapped_bytes
 
     def start_save(self, prefetcher: ak.Prefetcher) -> ak.Ticket | None:
         """Begin to copy out what exists only on the device; None when there is nothing."""
@@ -84,6 +96,10 @@ class Unit(ABC):
         if not self.region.mapped_bytes:
             # What is read is loaded or, of new KV blocks, zeroed by the engine before that.
             self.region.map(contents="preserve")
+
+    def undo_map(self) -> None:
+        """After a `map` that led to nothing: as before it, as far as that is of use."""
+        self.unmap()
 
     @abstractmethod
     def start_load(self, prefetcher: ak.Prefetcher) -> ak.Ticket | None:
@@ -183,6 +199,14 @@ class BlockBook(Protocol):
     def drop(self) -> DroppedKV:
         """Give up all live blocks: their requests start over, the prefix cache forgets them."""
 
+    def immovable(self) -> Sequence[int]:
+        """Ids of blocks that keep their place, live or not."""
+
+    def renumber(self, moves: Moves) -> None:
+        """Block `moves.src_ids[i]` is now `moves.dst_ids[i]`, which was not live, and the other way
+        round; its bytes have moved. Its users and what is known of it go along.
+        """
+
 
 class NoBlocks:
     """The book of a cache that no engine uses yet."""
@@ -192,6 +216,12 @@ class NoBlocks:
 
     def drop(self) -> DroppedKV:
         return DroppedKV(0, 0)
+
+    def immovable(self) -> Sequence[int]:
+        return ()
+
+    def renumber(self, moves: Moves) -> None:
+        assert not len(moves.src_ids), "there is no block to move"
 
 
 class KVUnit(Unit):
@@ -203,6 +233,9 @@ class KVUnit(Unit):
 
     A block's copy in the store stays when the block is back on the device, and is good until the
     engine writes to the block again: `written` must be told of every write.
+
+    Shrunk, the unit holds its live blocks on the device and nothing behind them: they have been
+    moved to the front. Mapping it brings the rest back.
     """
 
     tag = "kv"
@@ -253,7 +286,7 @@ class KVUnit(Unit):
 
     def num_new_slots(self) -> int:
         """Slots that the store must still have for all live blocks to be saved."""
-        if not self.resident:
+        if not self.holds_bytes:
             return 0
         live = self.book.live()
         self._forget_dead(live)
@@ -275,8 +308,88 @@ class KVUnit(Unit):
         self.book = NoBlocks()
         self.release_copies()
 
+    def shrunk_bytes(self) -> int:
+        """What it would hold on the device after `compact` and `give_back`; mapped_bytes when there
+        is nothing to be won.
+        """
+        # A copy that may still be under way takes no notice of blocks that move.
+        if not self.resident or self._in_doubt or not self._layouts:
+            return self.mapped_bytes
+        num_needed = self._num_needed()
+        if num_needed == 0:
+            return self.mapped_bytes  # evicting it costs no more
+        return self.mapped_bytes - sum(size for _, size in self._unused(num_needed))
+
+    def compact(self) -> int:
+        """Move the live blocks to the front; returns how many have moved.
+
+        Only between two steps, and only when resident. On a GPU the moves are ordered on the
+        current stream and may not be over when it returns. Nothing is given back yet.
+        """
+        live = self.book.live()
+        moves = ak.kv.plan_compaction(live, pinned_block_ids=self.book.immovable())
+        self.move(moves)
+        return len(moves.src_ids)
+
+    def move(self, moves: Moves) -> None:
+        """Move live blocks to blocks that are not live: bytes, book, and what the host has."""
+        if not len(moves.src_ids):
+            return
+        self._forget_dead(self.book.live())
+        ak.kv.move(self.region, moves.src_ids, moves.dst_ids, self._layouts)
+        self.book.renumber(moves)
+        renamed = dict(zip(moves.src_ids.tolist(), moves.dst_ids.tolist(), strict=True))
+        overwritten = set(renamed.values())
+        self._copies = {renamed.get(block, block): slot for block, slot in self._copies.items()}
+        self._written = {
+            renamed.get(block, block) for block in self._written if block not in overwritten
+        }
+
+    def give_back(self) -> None:
+        """Unmap what lies behind the live blocks, which have been compacted; all of it or none.
+
+        What was being moved has to be over.
+        """
+        with self.region.arena.transaction() as transaction:
+            for offset, size in self._unused(self._num_needed()):
+                transaction.unmap(self.region, offset, size)
+
+    def map(self) -> None:
+        if not self.holds_bytes:
+            super().map()
+            return
+        with self.region.arena.transaction() as transaction:
+            at = 0
+            for offset, size in (*self.region.mapped_ranges(), (self.size_bytes, 0)):
+                if offset > at:
+                    transaction.map(self.region, at, offset - at, contents="preserve")
+                at = offset + size
+
+    def undo_map(self) -> None:
+        """After a `map` that led to nothing: what was on the device before stays there."""
+        if not self.holds_bytes:
+            super().undo_map()
+        elif self.resident:
+            self.give_back()
+
+    def _num_needed(self) -> int:
+        """One more than the highest id after `compact`; 0 when no block is live."""
+        live = self.book.live()
+        immovable = self.book.immovable()
+        if not live:
+            return 0
+        return max(len({*live, *immovable}), *(block + 1 for block in immovable), 1)
+
+    def _unused(self, num_blocks: int) -> list[ByteRange]:
+        return unused_ranges(
+            self._layouts,
+            num_blocks,
+            size_bytes=self.size_bytes,
+            alignment_bytes=self.region.arena.handle_bytes,
+        )
+
     def start_save(self, prefetcher: ak.Prefetcher) -> ak.Ticket | None:
-        if not self.resident:
+        if not self.holds_bytes:
             return None
         live = self.book.live()
         self._forget_dead(live)
@@ -308,6 +421,8 @@ class KVUnit(Unit):
         self._in_doubt = []
 
     def start_load(self, prefetcher: ak.Prefetcher) -> ak.Ticket | None:
+        if self.holds_bytes:
+            return None
         # Requests may have ended since the save.
         live = self.book.live()
         self._forget_dead(live)
@@ -326,7 +441,7 @@ class KVUnit(Unit):
         self._loading = []
 
     def give_up_load(self) -> None:
-        super().give_up_load()
+        # Without a load of its own its bytes are what they were.
         self._in_doubt += self._loading
         self._loading = []
 
@@ -337,7 +452,7 @@ class KVUnit(Unit):
         self._in_doubt = []
 
     def _unsaved(self, live: Sequence[int]) -> list[int]:
-        if not self.resident:
+        if not self.holds_bytes:
             return []
         return [block for block in live if block not in self._copies or block in self._written]
 

@@ -41,6 +41,8 @@ class SwitchRecord:
 
     bytes_ahead: of bytes_in, what a prefetch had brought in when the switch began.
     dropped_blocks, recomputed_requests: KV that the host had no room for; see `Switcher`.
+    shrunk: models whose KV cache gave back what no live block needs; compacted_blocks: how many
+    blocks had to move on the device for that.
     """
 
     model: str
@@ -57,6 +59,8 @@ class SwitchRecord:
     evicted: tuple[str, ...] = ()
     dropped_blocks: int = 0
     recomputed_requests: int = 0
+    shrunk: tuple[str, ...] = ()
+    compacted_blocks: int = 0
 
 
 @dataclass
@@ -72,6 +76,7 @@ class SwitchTotals:
     bytes_out: int = 0
     dropped_blocks: int = 0
     recomputed_requests: int = 0
+    compacted_blocks: int = 0
 
 
 @dataclass
@@ -203,7 +208,7 @@ class Switcher:
 
     def missing_bytes(self, name: str) -> int:
         """What `activate` would copy in now: weights, and the KV blocks that the host keeps."""
-        units = [unit for unit in self._models[name].units if not unit.resident]
+        units = [unit for unit in self._models[name].units if not unit.holds_bytes]
         kv = sum(u.num_copies * u.slot_bytes for u in units if isinstance(u, KVUnit))
         return kv + sum(u.size_bytes - u.bytes_ahead for u in units if isinstance(u, WeightsUnit))
 
@@ -239,9 +244,11 @@ class Switcher:
         victims = [units[index][1] for index in plan.evict]
         incoming = [units[index][1] for index in plan.bring_in]
         evicted_models = {units[index][0].name for index in plan.evict}
+        to_shrink = [units[index][1] for index in plan.shrink]
+        shrunk_models = {units[index][0].name for index in plan.shrink}
         phases = _Phases()
         dropped = self._make_room_on_host(units, plan)
-        bytes_out = bytes_in = 0
+        bytes_out = bytes_in = num_compacted = 0
         bytes_ahead = sum(u.bytes_ahead for u in incoming if isinstance(u, WeightsUnit))
         self._mark(evicted_models, ModelState.EVICTING)
         self._mark({name}, ModelState.LOADING)
@@ -251,6 +258,11 @@ class Switcher:
             with self._phase(phases, "save"):
                 bytes_out = self._save(victims)
             with self._phase(phases, "unmap"):
+                num_compacted = self._compact(to_shrink)
+                for unit in to_shrink:
+                    assert isinstance(unit, KVUnit)
+                    unit.give_back()
+                    evicted.append(unit)
                 for unit in victims:
                     unit.unmap()
                     evicted.append(unit)
@@ -287,6 +299,8 @@ class Switcher:
                 evicted=tuple(sorted(evicted_models)),
                 dropped_blocks=dropped.num_blocks,
                 recomputed_requests=dropped.num_requests,
+                shrunk=tuple(sorted(shrunk_models)),
+                compacted_blocks=num_compacted,
             )
         )
 
@@ -373,6 +387,7 @@ class Switcher:
         num_new_slots: int = 0,
         kept: bool = False,
         order: int = 0,
+        shrunk_bytes: int | None = None,
     ) -> UnitView:
         return UnitView(
             model=model.name,
@@ -388,6 +403,8 @@ class Switcher:
             holds_host=isinstance(unit, KVUnit) and unit.num_copies > 0,
             droppable=isinstance(unit, KVUnit),
             order=order,
+            held_bytes=unit.mapped_bytes,
+            shrunk_bytes=shrunk_bytes,
         )
 
     def _plan(
@@ -399,7 +416,7 @@ class Switcher:
         stats = self.arena.stats()
         # Quarantined memory is tried again by the next map, which says so when it fails.
         free_bytes = stats.free_bytes + stats.quarantined_bytes
-        missing = sum(u.size_bytes for m, u in units if m.name == target and not u.mapped_bytes)
+        missing = sum(u.size_bytes - u.mapped_bytes for m, u in units if m.name == target)
         fits = missing <= free_bytes  # then nobody is evicted, and costs need not be known
         demands = {
             index: (unit.slot_bytes, 0 if fits else unit.num_new_slots())
@@ -414,6 +431,7 @@ class Switcher:
                 0 if fits else unit.move_cost_bytes(),
                 num_new_slots=demands[index][1] if index in demands else 0,
                 order=orders.get(model.name, 0),
+                shrunk_bytes=unit.shrunk_bytes() if index in demands and not fits else None,
             )
             for index, (model, unit) in enumerate(units)
         ]
@@ -482,6 +500,17 @@ class Switcher:
             unit.finish_save()
         return num_bytes
 
+    def _compact(self, units: Sequence[Unit]) -> int:
+        """Move the live blocks of KV units to their front; how many have moved, when all have."""
+        num_moved = 0
+        for unit in units:
+            assert isinstance(unit, KVUnit)
+            num_moved += unit.compact()
+        if num_moved:
+            self.quiesce()
+        self.totals.compacted_blocks += num_moved
+        return num_moved
+
     def _load(self, units: Sequence[Unit]) -> int:
         """Copy in `units` from the host, all or none; the bytes moved."""
         try:
@@ -518,7 +547,7 @@ class Switcher:
         """Back to before: incoming out, evicted in again. What fails here stays on the host."""
         for unit in incoming:
             try:
-                unit.unmap()
+                unit.undo_map()
             except ak.Error as error:
                 # Messages are formatted here: a kept log record would keep the error's frames.
                 # Its memory stays mapped without counting as resident: the next try reloads it.

@@ -7,6 +7,8 @@ and under which name; outside of it there is nowhere to put the model, and it sa
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from vllm.v1.worker.gpu_worker import Worker
 
@@ -18,6 +20,7 @@ from aegaeon.vllm_plugin.image_key import image_key
 from aegaeon.vllm_plugin.seams import (
     expert_group,
     image_loader,
+    kv_blocks,
     kv_memory,
     kv_zeroing,
     rotary_cache,
@@ -89,6 +92,10 @@ class ArenaWorker(Worker):
         super().initialize_from_config(kv_cache_config)
         if self._kv is not None:
             self._kv.layouts = kv_memory.layouts_of(kv_cache_config)
+
+    def renumber_blocks(self, new_ids: npt.NDArray[np.int32]) -> None:
+        """Between two steps: block i is called new_ids[i] from now on."""
+        kv_blocks.renumber_tables(self.model_runner, new_ids)
 
     def execute_model(self, scheduler_output: Any) -> Any:
         if self._kv is not None and self._kv_bytes is not None:

@@ -205,10 +205,14 @@ def keep_books(switcher: Switcher, name: str, engine_core: Any) -> None:
     """From now on an eviction of `name` copies out the blocks that `engine_core` still needs, those
     that have been written since the last time.
     """
-    blocks = EngineBlocks(engine_core.scheduler)
+    executor = engine_core.model_executor
+    blocks = EngineBlocks(
+        engine_core.scheduler,
+        lambda new_ids: executor.collective_rpc("renumber_blocks", args=(new_ids,)),
+    )
     for unit in switcher.models[name].units:
         if isinstance(unit, KVUnit):
-            _keep_book(unit, blocks, engine_core.model_executor)
+            _keep_book(unit, blocks, executor)
 
 
 def _keep_book(unit: KVUnit, blocks: EngineBlocks, executor: Any) -> None:
