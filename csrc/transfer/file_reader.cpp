@@ -16,14 +16,6 @@ namespace {
 // Read and summed in parts of this, so that the sum finds them in the cache.
 constexpr std::size_t kPartBytes = std::size_t{1} << 20;
 
-// What parallel_for counts are chunks; what users see are bytes.
-Progress in_bytes(Progress const& progress, std::size_t size_bytes) {
-  if (!progress) return nullptr;
-  return [&progress, size_bytes](std::size_t num_chunks) {
-    progress(std::min(num_chunks * HostImage::kChunkBytes, size_bytes));
-  };
-}
-
 Progress behind(Progress const& progress, std::size_t bytes) {
   if (!progress) return nullptr;
   return [&progress, bytes](std::size_t num_bytes) { progress(bytes + num_bytes); };
@@ -130,7 +122,8 @@ std::vector<std::uint32_t> FileReader::read(HostImage& image, std::size_t num_th
         });
     sums[i] = sum;
   };
-  parallel_for(sums.size(), num_threads, read_chunk, in_bytes(progress, image.size_bytes()));
+  parallel_for(sums.size(), num_threads, read_chunk,
+               in_bytes(progress, HostImage::kChunkBytes, image.size_bytes()));
   require_unchanged();
   return sums;
 }
@@ -185,7 +178,7 @@ std::vector<std::size_t> FileReader::differences(HostImage const& image, std::si
     for_each_part(begin, end, compare, [](std::size_t, std::size_t) {});
   };
   parallel_for(num_image_chunks(image.size_bytes()), num_threads, compare_chunk,
-               in_bytes(progress, image.size_bytes()));
+               in_bytes(progress, HostImage::kChunkBytes, image.size_bytes()));
   require_unchanged();
   std::ranges::sort(found);
   return found;

@@ -15,14 +15,6 @@ namespace {
 // Read and summed in parts of this, so that the sum finds them in the cache.
 constexpr std::size_t kPartBytes = std::size_t{1} << 20;
 
-// What parallel_for counts are chunks; what users see are bytes.
-Progress in_bytes(Progress const& progress, std::size_t payload_bytes) {
-  if (!progress) return nullptr;
-  return [&progress, payload_bytes](std::size_t num_chunks) {
-    progress(std::min(num_chunks * kImageChunkBytes, payload_bytes));
-  };
-}
-
 }  // namespace
 
 ImageFooter read_image_footer(int fd, std::string const& path) {
@@ -68,7 +60,8 @@ void ImageFile::read_into(HostImage& image, bool verify, std::size_t num_threads
       }
       if (verify) found[i] = sum;
     };
-    parallel_for(found.size(), num_threads, read_chunk, in_bytes(progress, size_bytes()));
+    parallel_for(found.size(), num_threads, read_chunk,
+                 in_bytes(progress, kImageChunkBytes, size_bytes()));
     auto bad = describe_bad_chunks(footer_.checksums, found, size_bytes());
     if (!bad.empty()) throw IntegrityError(concat(path_, ": ", bad));
   }
@@ -93,7 +86,7 @@ void save_image(HostImage const& image, std::string const& path, std::size_t num
     write_all(file.fd(), image.data() + offset, bytes, offset, path);
   };
   parallel_for(footer.checksums.size(), num_threads, write_chunk,
-               in_bytes(progress, image.size_bytes()));
+               in_bytes(progress, kImageChunkBytes, image.size_bytes()));
   auto bytes = footer.serialize();
   write_all(file.fd(), bytes.data(), bytes.size(), image.size_bytes(), path);
   file.replace();

@@ -42,6 +42,13 @@ void take_items(Shared& shared, std::size_t num_items,
 
 }  // namespace
 
+Progress in_bytes(Progress const& progress, std::size_t item_bytes, std::size_t size_bytes) {
+  if (!progress) return nullptr;
+  return [&progress, item_bytes, size_bytes](std::size_t num_items) {
+    progress(std::min(num_items * item_bytes, size_bytes));
+  };
+}
+
 std::size_t default_num_threads() noexcept {
   return std::clamp<std::size_t>(std::thread::hardware_concurrency(), 1, 8);
 }

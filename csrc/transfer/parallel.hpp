@@ -10,6 +10,10 @@ namespace aegaeon {
 // two at once: it may call into Python. What it throws stops the work.
 using Progress = std::function<void(std::size_t num_done)>;
 
+// For work whose items are pieces of item_bytes, the last one shorter: what is passed on is bytes.
+// It refers to `progress`; null stays null.
+Progress in_bytes(Progress const& progress, std::size_t item_bytes, std::size_t size_bytes);
+
 // As many as this process may use at a time, up to 8: with so many the memory is the limit.
 std::size_t default_num_threads() noexcept;
 
