@@ -89,7 +89,7 @@ class ArenaStats:
     owners: Mapping[tuple[str, str], int]  # (owner, tag): bytes mapped in their regions
     capacity_bytes: int
     free_bytes: int
-    quarantined_bytes: int  # the driver refused to unmap them; tried again at later calls
+    quarantined_bytes: int  # not unmapped, or their work is not known to be over; tried again later
     handle_bytes: int
     num_regions: int
     created_bytes: int  # of the handles that exist; the rest of the capacity was never created
@@ -319,8 +319,9 @@ class Arena(ClosedOnExit):
         """Close all regions, release all memory. Does nothing when closed already.
 
         abandon_views: see Region.close(). Raises LifecycleError, before anything is done, while an
-        alias set is open, or a region has views, is held or in a transfer, and DriverError: then
-        what is closed stays closed, and close() may be called again.
+        alias set is open, or a region has views, is held or in a transfer, and DriverError, also
+        for what regions that were dropped could not give back: then what is closed stays closed,
+        and close() may be called again.
         """
         self._arena.close(abandon_views=abandon_views)
 
@@ -424,8 +425,9 @@ class Region(ClosedOnExit, MemoryViews):
     ) -> None:
         """Make a mapped range read-only, or writable again (None: all mapped from the offset on).
 
-        Cuts only where unmap may. While a window is open or a transfer that writes is in flight,
-        the memory stays writable. Raises ValueError, LifecycleError, DriverError (all as before).
+        Cuts only where unmap may. While a window is open, and while a transfer that writes to it is
+        in flight, the memory stays writable. Raises ValueError, LifecycleError, DriverError (all as
+        before).
         """
         _require_not_negative("offset_bytes", offset_bytes)
         _require_not_negative("size_bytes", size_bytes)
@@ -435,7 +437,8 @@ class Region(ClosedOnExit, MemoryViews):
     def writable(self) -> Iterator[Self]:
         """A window in which read-only parts can be written, to load them. Windows may nest.
 
-        A transfer that begins in a window keeps the memory writable until it ends. Raises
+        A transfer that begins in a window keeps what it writes writable until it ends, and nothing
+        else; another one needs a window of its own, also for the same memory. Raises
         LifecycleError (closed) and DriverError; when that comes at the end of the window, the
         memory stays writable until the next window or protect() ends well.
         """
@@ -474,7 +477,8 @@ class Region(ClosedOnExit, MemoryViews):
         before_unmap(region, offset_bytes, size_bytes): for every run of mappings that is about to
         go, before anything changes; raising aborts the operation. after_map(...): for every run
         that has been mapped; also for what stays mapped when the operation failed after
-        before_unmap, which has to be registered again. Both run on the thread that maps or unmaps,
+        before_unmap, which has to be registered again. Of each mapping a hook hears once, however
+        many steps of a plan touch it. Both run on the thread that maps or unmaps,
         without a lock. The region lives until it is closed or its hooks are removed.
         """
 

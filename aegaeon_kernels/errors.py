@@ -66,7 +66,8 @@ class DriverError(Error):
     That is so unless the way back failed as well. Then the message and these tell what was lost:
     quarantined:   where handles are stuck that the driver would not take back or map again. They
                    are neither free nor owned; every later operation tries to free them.
-    lost_contents: whose bytes are gone: no longer mapped, or overwritten before the failure.
+    lost_contents: whose bytes are gone: no longer mapped, or overwritten before the failure. What
+                   the operation itself had mapped is not listed: it held nobody's.
 
     call: name of the driver call. code: its result (a CUresult). bytes: its size, or 0.
     """

@@ -48,7 +48,9 @@ void AliasSet::map_at_all() {
   for (std::size_t i = 1; i < members_.size(); ++i) {
     auto& member = *members_[i];
     for (auto const& [offset, mapping] : first.mapped_) {
-      member.mapped_.try_emplace(offset, driver, member.range_, offset, mapping.memory());
+      auto placed =
+          member.mapped_.try_emplace(offset, driver, member.range_, offset, mapping.memory()).first;
+      placed->second.record.number = arena_->next_id_++;
     }
     Result result =
         set_run_access(*driver, member.mapped_.begin(), member.mapped_.end(), Access::kReadWrite);
@@ -62,14 +64,9 @@ void AliasSet::map_at_all() {
 // Nobody else has a region of it any more.
 AliasSet::~AliasSet() {
   auto& driver = *arena_->driver_;
-  bool quiet = true;
-  for (auto const& member : members_) {
-    for (auto const& [stream, recorded] : member->recorded_) {
-      Result result = driver.event_synchronize(recorded.event->id());
-      report(result, "event_synchronize");
-      quiet = quiet && result == kSuccess;
-    }
-  }
+  std::vector<Region*> all;
+  for (auto const& member : members_) all.push_back(member.get());
+  auto work = Region::finish_work(*arena_, all);
   if (fill_unconfirmed_) {
     Result result = driver.stream_synchronize(arena_->fill_stream_->id());
     report(result, "stream_synchronize");
@@ -82,7 +79,7 @@ AliasSet::~AliasSet() {
     for (std::size_t i = 0; i < members_.size(); ++i) {
       auto& member = *members_[i];
       auto mappings = member.extract({0, member.size_bytes()});
-      if (quiet && !fill_unconfirmed_) {
+      if (!work && !fill_unconfirmed_) {
         for_each_run(
             mappings.begin(), mappings.end(),
             [](Mapping const& mapping) { return mapping.mapped(); },
@@ -93,7 +90,9 @@ AliasSet::~AliasSet() {
           arena_->discharge(member, mapping.bytes());
           memories.push_back(mapping.memory());
         }
-        if (mapping.mapped()) arena_->quarantine(std::move(mapping), fill_unconfirmed_);
+        if (mapping.mapped()) {
+          arena_->quarantine_.add(std::move(mapping), fill_unconfirmed_, work);
+        }
       }
       member.slots_ = {};
       member.mapped_bytes_ = 0;
@@ -145,22 +144,27 @@ void AliasSet::give(std::string const& owner, Contents contents) {
   Lock lock(arena_->mutex_);
   if (closing_) throw LifecycleError(concat("give to ", to->title(), ": the alias set is closed"));
   if (to_idx == owner_idx_) return;
+  auto changes_hands = [&] {
+    from->owns_slot_ = false;
+    to->owns_slot_ = true;
+    owner_idx_ = to_idx;
+  };
   if (debug_) {
     lock.unlock();
     std::vector<Step> steps{
-        {.kind = Step::Kind::kUnmap, .region = from, .size_bytes = {}},
         {.kind = Step::Kind::kMap, .region = to, .size_bytes = {}, .contents = contents}};
-    Transaction(*arena_, std::move(steps), nullptr, false, this).commit();
-    lock.lock();
-  } else {
-    hand_over(lock, to_idx, contents);
-    arena_->charge(*to, to->size_bytes());
-    arena_->discharge(*from, from->size_bytes());
-    for (auto const& [offset, mapping] : to->mapped_) mapping.memory()->record.owner = owner;
+    // Nothing is mapped there when an earlier handover and its way back have failed.
+    if (from->mapped_bytes() != 0) {
+      steps.insert(steps.begin(), {.kind = Step::Kind::kUnmap, .region = from, .size_bytes = {}});
+    }
+    Transaction(*arena_, std::move(steps), nullptr, false, this).commit(changes_hands);
+    return;
   }
-  from->owns_slot_ = false;
-  to->owns_slot_ = true;
-  owner_idx_ = to_idx;
+  hand_over(lock, to_idx, contents);
+  arena_->charge(*to, to->size_bytes());
+  arena_->discharge(*from, from->size_bytes());
+  for (auto const& [offset, mapping] : to->mapped_) mapping.memory()->record.owner = owner;
+  changes_hands();
 }
 
 // Checks, waits, and fills as the contents ask for.
@@ -241,7 +245,7 @@ void AliasSet::close(bool abandon_views) {
         region->require_unused("close");
         if (!abandon_views) region->require_no_views("close");
       }
-    } while (Region::wait_for_events(lock, all) || tell_before_unmap(lock));
+    } while (Region::wait_for_events(lock, all) || tell_before_unmap(lock, regions));
     closing_ = true;
     unmap_aliases();
   }
@@ -254,30 +258,14 @@ void AliasSet::close(bool abandon_views) {
 }
 
 // Of the owner's region its transaction does it.
-bool AliasSet::tell_before_unmap(Lock& lock) {
-  struct Notice {
-    Region* member;
-    std::uint64_t id;
-    std::shared_ptr<Region::Hooks const> hooks;
-  };
-  std::vector<Notice> notices;
-  for (std::size_t i = 0; i < members_.size(); ++i) {
-    auto& member = *members_[i];
-    if (i == owner_idx_ || member.mapped_.empty()) continue;
-    for (auto const& [id, hooks] : member.hooks_) {
-      std::pair key(&member, id);
-      if (std::find(told_.begin(), told_.end(), key) != told_.end()) continue;
-      notices.push_back({&member, id, hooks});
-    }
+bool AliasSet::tell_before_unmap(Lock& lock, std::vector<std::shared_ptr<Region>> const& regions) {
+  std::vector<PlannedStep> going;
+  for (auto const& region : regions) {
+    if (region->owns_slot_) continue;
+    Range all{0, region->size_bytes()};
+    going.push_back({Step::Kind::kUnmap, region, all, all.size_bytes, Contents::kPreserve, false});
   }
-  if (notices.empty()) return false;
-  lock.unlock();
-  for (auto const& [member, id, hooks] : notices) {
-    if (hooks->before_unmap) hooks->before_unmap({0, member->size_bytes()});
-    told_.emplace_back(member, id);
-  }
-  lock.lock();
-  return true;
+  return notices_.tell_before(lock, going);
 }
 
 // At every address but the owner's.

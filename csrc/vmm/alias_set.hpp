@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "vmm/arena.hpp"
+#include "vmm/notices.hpp"
 
 namespace aegaeon {
 
@@ -49,7 +50,7 @@ class AliasSet : public std::enable_shared_from_this<AliasSet> {
   // These give the lock up.
   void fill(Lock& lock, Region& from, Region& to, std::uint8_t value);
   void confirm_fill(Lock& lock);
-  bool tell_before_unmap(Lock& lock);
+  bool tell_before_unmap(Lock& lock, std::vector<std::shared_ptr<Region>> const& regions);
   void unmap_aliases();
 
   std::shared_ptr<Arena> const arena_;
@@ -61,7 +62,7 @@ class AliasSet : public std::enable_shared_from_this<AliasSet> {
   bool counted_ = false;           // among the arena's open sets
   bool closing_ = false;           // nothing is given any more
   bool fill_unconfirmed_ = false;  // a fill that nobody could wait for may still write
-  std::vector<std::pair<Region*, std::uint64_t>> told_;  // hooks whose before_unmap has been called
+  Notices notices_;
 };
 
 }  // namespace aegaeon

@@ -47,9 +47,21 @@ Arena::Arena(std::shared_ptr<Driver> driver, std::size_t capacity_bytes,
       capacity_(checked_capacity(*driver_, capacity_bytes)),
       handle_bytes_(checked_handle(*driver_, capacity_, handle_bytes)),
       poison_(poison),
-      pool_(driver_, capacity_, handle_bytes_, exportable) {}
+      pool_(driver_, capacity_, handle_bytes_, exportable),
+      quarantine_(driver_, pool_, free_events_) {}
 
-Arena::~Arena() = default;
+// No region and no set is left. What the device does not answer for stays in quarantine for good.
+Arena::~Arena() {
+  if (unconfirmed_fills_ != 0 && fill_stream_) {
+    Result result = driver_->stream_synchronize(fill_stream_->id());
+    report(result, "stream_synchronize");
+    quarantine_.fills_are_over(result);
+  }
+  for (auto const& event : quarantine_.unfinished()) {
+    report(driver_->event_synchronize(event->id()), "event_synchronize");
+  }
+  quarantine_.heal();
+}
 
 std::shared_ptr<Region> Arena::reserve(std::size_t size_bytes, std::string owner, std::string tag) {
   return make_region(size_bytes, std::move(owner), std::move(tag));
@@ -115,7 +127,7 @@ ArenaStats Arena::stats() const {
   return {.owners = ledger_,
           .capacity_bytes = capacity_,
           .free_bytes = free_bytes(),
-          .quarantined_bytes = quarantined_bytes_,
+          .quarantined_bytes = quarantine_.bytes(),
           .handle_bytes = handle_bytes_,
           .num_regions = regions_.size(),
           .pool = pool_.stats()};
@@ -144,10 +156,9 @@ void Arena::close(bool abandon_views) {
   // Regions reserved meanwhile by another thread are that thread's mistake, not a leak.
   if (owned_ != 0) throw LifecycleError("a region was mapped while the arena was being closed");
   confirm_fills(lock);
-  heal();
-  for (auto const& held : quarantine_) {
-    aegaeon::check(*driver_, held.last, "mem_unmap", held.mapping.bytes());
-  }
+  wait_for_quarantined(lock);
+  quarantine_.heal();
+  quarantine_.require_empty();
   pool_.release_free();
   if (fill_stream_) aegaeon::check(*driver_, fill_stream_->destroy(), "stream_destroy");
   fill_stream_.reset();
@@ -173,51 +184,20 @@ void Arena::discharge(Region const& region, std::size_t bytes) noexcept {
 }
 
 std::size_t Arena::free_bytes() const noexcept {
-  return capacity_ - owned_ - quarantined_bytes_;
+  return capacity_ - owned_ - quarantine_.bytes();
 }
 
 std::string Arena::holders() const {
-  if (ledger_.empty()) return "Nobody holds any";
   std::vector<std::pair<std::size_t, std::string>> lines;
   for (auto const& [who, bytes] : ledger_) {
     lines.emplace_back(bytes, concat("'", who.first, "' (", who.second, ") ", human_bytes(bytes)));
   }
   std::stable_sort(lines.begin(), lines.end(),
                    [](auto const& a, auto const& b) { return a.first > b.first; });
-  std::string text = "Held: ";
+  std::string text = lines.empty() ? "Nobody holds any" : "Held: ";
   for (std::size_t i = 0; i < lines.size(); ++i) text += concat(i ? ", " : "", lines[i].second);
-  if (quarantined_bytes_ != 0) text += concat("; quarantined: ", human_bytes(quarantined_bytes_));
+  if (auto bytes = quarantine_.bytes()) text += concat("; quarantined: ", human_bytes(bytes));
   return text;
-}
-
-void Arena::quarantine(Mapping mapping, bool filling) {
-  if (mapping.memory()->record.quarantined++ == 0) quarantined_bytes_ += mapping.bytes();
-  quarantine_.push_back({.mapping = std::move(mapping), .filling = filling});
-}
-
-void Arena::heal() {
-  std::erase_if(quarantine_, [&](Quarantined& held) {
-    auto& mapping = held.mapping;
-    if (held.filling) return false;
-    if (mapping.mapped()) held.last = mapping.unmap();
-    if (mapping.mapped()) return false;
-    if (--mapping.memory()->record.quarantined == 0) {
-      quarantined_bytes_ -= mapping.bytes();
-      pool_.give(mapping.memory());
-    }
-    return true;
-  });
-}
-
-void Arena::require_not_quarantined(Region const& region, Range const& range) const {
-  for (auto const& held : quarantine_) {
-    auto const& mapping = held.mapping;
-    if (mapping.range() != region.range_ || mapping.offset() >= range.end() ||
-        mapping.offset() + mapping.bytes() <= range.offset_bytes) {
-      continue;
-    }
-    aegaeon::check(*driver_, held.last, "mem_unmap", mapping.bytes());
-  }
 }
 
 // Whether the device is done with fills that could not be waited for. Gives the lock up.
@@ -229,11 +209,19 @@ void Arena::confirm_fills(Lock& lock) {
   Result result = driver_->stream_synchronize(stream);
   lock.lock();
   if (unconfirmed_fills_ != asked) return;  // others have failed meanwhile, or it has been done
-  for (auto& held : quarantine_) {
-    if (held.filling) held.last = result;
-    if (result == kSuccess) held.filling = false;
-  }
+  quarantine_.fills_are_over(result);
   if (result == kSuccess) unconfirmed_fills_ = 0;
+}
+
+// Of the work that nobody could wait for when its region ended. Gives the lock up.
+void Arena::wait_for_quarantined(Lock& lock) {
+  auto events = quarantine_.unfinished();
+  if (events.empty()) return;
+  lock.unlock();
+  for (auto const& event : events) {
+    aegaeon::check(*driver_, driver_->event_synchronize(event->id()), "event_synchronize");
+  }
+  lock.lock();
 }
 
 StreamId Arena::fill_stream() {

@@ -5,7 +5,6 @@
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
-#include <list>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -18,6 +17,7 @@
 #include "driver/stream.hpp"
 #include "vmm/handle_pool.hpp"
 #include "vmm/handles.hpp"
+#include "vmm/quarantine.hpp"
 #include "vmm/region.hpp"
 #include "vmm/shortage.hpp"
 #include "vmm/step.hpp"
@@ -77,14 +77,6 @@ class Arena : public std::enable_shared_from_this<Arena> {
     std::optional<std::size_t> max_bytes;
     bool pinned = false;
   };
-  // A handle that could not be brought where it belongs, and where it is stuck. Neither owned nor
-  // free; tried again at every later call.
-  struct Quarantined {
-    Mapping mapping;
-    bool filling = false;    // a fill that nobody could wait for may still write to it
-    Result last = kSuccess;  // of the last attempt
-  };
-
   std::unique_ptr<Region> make_region(std::size_t size_bytes, std::string owner, std::string tag);
 
   // All that follow: the mutex is held, but for those that take the lock and give it up.
@@ -96,11 +88,8 @@ class Arena : public std::enable_shared_from_this<Arena> {
   void discharge(Region const& region, std::size_t bytes) noexcept;
   [[nodiscard]] std::size_t free_bytes() const noexcept;
   [[nodiscard]] std::string holders() const;
-  void quarantine(Mapping mapping, bool filling);
-  void heal();
-  // Throws when a quarantined handle still occupies a part of the range.
-  void require_not_quarantined(Region const& region, Range const& range) const;
   void confirm_fills(Lock& lock);
+  void wait_for_quarantined(Lock& lock);
   StreamId fill_stream();
   std::shared_ptr<Event> take_event();
 
@@ -112,17 +101,16 @@ class Arena : public std::enable_shared_from_this<Arena> {
   std::condition_variable changed_;  // a region is no longer changing
   bool closed_ = false;
   std::size_t owned_ = 0;
-  std::size_t quarantined_bytes_ = 0;
   std::map<Holder, std::size_t> ledger_;
   std::map<std::string, Limit> limits_;
   std::map<std::uint64_t, Region*> regions_;                 // each takes itself out before it ends
   std::map<std::uint64_t, std::shared_ptr<Region>> hooked_;  // kept alive by their hooks
   std::uint64_t next_id_ = 1;
   HandlePool pool_;
-  std::list<Quarantined> quarantine_;
+  Events free_events_;
+  Quarantine quarantine_;
   std::size_t num_alias_sets_ = 0;       // open ones
   std::uint64_t unconfirmed_fills_ = 0;  // counts the failures to wait for them; 0: none left
-  std::vector<std::shared_ptr<Event>> free_events_;
   std::unique_ptr<Stream> fill_stream_;  // last: its end waits for fills of what is above
 };
 

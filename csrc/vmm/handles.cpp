@@ -60,7 +60,7 @@ Mapping::~Mapping() {
 }
 
 Mapping::Mapping(Mapping&& other) noexcept
-    : read_only(other.read_only),
+    : record(other.record),
       driver_(std::move(other.driver_)),
       memory_(std::move(other.memory_)),
       range_(std::move(other.range_)),

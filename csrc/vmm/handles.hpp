@@ -89,8 +89,13 @@ class Mapping {
   [[nodiscard]] std::shared_ptr<Allocation> const& memory() const noexcept { return memory_; }
   [[nodiscard]] std::shared_ptr<Reservation> const& range() const noexcept { return range_; }
 
-  // Its owner wants it read-only; while a window for writing is open, access() is more than that.
-  bool read_only = false;
+  // What its region knows about it; guarded by the arena's mutex.
+  struct Record {
+    bool read_only = false;       // outside of windows: access() may be more than that
+    std::size_t num_writers = 0;  // transfers in flight that write to it
+    std::uint64_t number = 0;  // grows from mapping to mapping; one that comes back keeps its own
+  };
+  Record record;
 
  private:
   std::shared_ptr<Driver> driver_;

@@ -1,5 +1,6 @@
 #include "vmm/region.hpp"
 
+#include <algorithm>
 #include <bit>
 #include <utility>
 
@@ -8,6 +9,25 @@
 #include "vmm/transaction.hpp"
 
 namespace aegaeon {
+namespace {
+
+// In order, without overlaps, neighbours as one.
+std::vector<Range> joined(std::vector<Range> ranges) {
+  std::sort(ranges.begin(), ranges.end(),
+            [](Range const& a, Range const& b) { return a.offset_bytes < b.offset_bytes; });
+  std::vector<Range> joined;
+  for (auto const& range : ranges) {
+    if (joined.empty() || joined.back().end() < range.offset_bytes) {
+      joined.push_back(range);
+    } else {
+      joined.back().size_bytes =
+          std::max(joined.back().end(), range.end()) - joined.back().offset_bytes;
+    }
+  }
+  return joined;
+}
+
+}  // namespace
 
 Region::Region(std::shared_ptr<Arena> arena, std::uint64_t id, std::size_t size_bytes,
                std::string owner, std::string tag)
@@ -22,21 +42,15 @@ Region::Region(std::shared_ptr<Arena> arena, std::uint64_t id, std::size_t size_
                                                      : arena_->driver_->granularity_bytes())) {}
 
 Region::~Region() {
-  auto& driver = *arena_->driver_;
-  Result awaited = kSuccess;  // nobody else has the region any more: no lock is needed to wait
-  for (auto const& [stream, recorded] : recorded_) {
-    Result result = driver.event_synchronize(recorded.event->id());
-    report(result, "event_synchronize");
-    if (result != kSuccess) awaited = result;
-  }
+  auto work = finish_work(*arena_, {this});
   Lock lock(arena_->mutex_);
-  drop_events();
-  if (closed_) return;
   auto mappings = extract({0, size_bytes()});
-  if (awaited == kSuccess) {
+  if (!work) {
     for_each_run(
         mappings.begin(), mappings.end(), [](Mapping const&) { return true; },
-        [&](auto first, auto last) { report(unmap_run(driver, first, last), "mem_unmap"); });
+        [&](auto first, auto last) {
+          report(unmap_run(*arena_->driver_, first, last), "mem_unmap");
+        });
   }
   for (auto& [offset, mapping] : mappings) {
     arena_->discharge(*this, mapping.bytes());
@@ -44,12 +58,14 @@ Region::~Region() {
     memory->record.region_id = id_;
     memory->record.offset = offset;
     if (mapping.mapped()) {
-      arena_->quarantine(std::move(mapping), false);
+      arena_->quarantine_.add(std::move(mapping), false, work);
     } else {
       arena_->pool_.give(std::move(memory));
     }
   }
-  arena_->regions_.erase(id_);
+  mappings.clear();
+  arena_->quarantine_.retire(std::move(range_));
+  if (!closed_) arena_->regions_.erase(id_);
 }
 
 void Region::map(std::size_t offset_bytes, std::optional<std::size_t> size_bytes, Contents contents,
@@ -82,11 +98,11 @@ void Region::protect(std::size_t offset_bytes, std::optional<std::size_t> size_b
   auto [begin, end] = mappings_in(range);
   std::vector<bool> before;
   for (auto it = begin; it != end; ++it) {
-    before.push_back(std::exchange(it->second.read_only, read_only));
+    before.push_back(std::exchange(it->second.record.read_only, read_only));
   }
   if (Result result = settle_access(); result != kSuccess) {
     auto was = before.begin();
-    for (auto it = begin; it != end; ++it) it->second.read_only = *was++;
+    for (auto it = begin; it != end; ++it) it->second.record.read_only = *was++;
     static_cast<void>(settle_access());
     check(*arena_->driver_, result, "mem_set_access", range.size_bytes);
   }
@@ -111,13 +127,14 @@ void Region::close_window() {
   check(*arena_->driver_, settle_access(), "mem_set_access", mapped_bytes_);
 }
 
-Result Region::settle_access() noexcept {
+Result Region::settle_access(Range const& range) noexcept {
   Result first_failure = kSuccess;
+  auto [begin, end] = mappings_in(range);
   for (auto access : {Access::kReadWrite, Access::kRead}) {
     for_each_run(
-        mapped_.begin(), mapped_.end(),
+        begin, end,
         [&](Mapping const& mapping) {
-          return mapping.access() != access && wanted_access(mapping.read_only) == access;
+          return mapping.access() != access && wanted_access(mapping) == access;
         },
         [&](auto first, auto last) {
           Result result = set_run_access(*arena_->driver_, first, last, access);
@@ -173,6 +190,25 @@ bool Region::wait_for_events(Lock& lock, std::vector<Region*> const& regions) {
   return true;
 }
 
+std::shared_ptr<UnfinishedWork> Region::finish_work(Arena& arena,
+                                                    std::vector<Region*> const& regions) {
+  Events over, unfinished;
+  for (auto* region : regions) {
+    for (auto& [stream, recorded] : region->recorded_) {
+      Result result = arena.driver_->event_synchronize(recorded.event->id());
+      report(result, "event_synchronize");
+      (result == kSuccess ? over : unfinished).push_back(std::move(recorded.event));
+    }
+    region->recorded_.clear();
+  }
+  if (!over.empty()) {
+    std::lock_guard lock(arena.mutex_);
+    arena.free_events_.insert(arena.free_events_.end(), over.begin(), over.end());
+  }
+  if (unfinished.empty()) return nullptr;
+  return std::make_shared<UnfinishedWork>(UnfinishedWork{std::move(unfinished)});
+}
+
 void Region::drop_events() {
   for (auto& [stream, recorded] : recorded_) {
     arena_->free_events_.push_back(std::move(recorded.event));
@@ -197,18 +233,25 @@ std::unique_ptr<Region::Hold> Region::hold(std::string reason) {
   return std::make_unique<Hold>(shared_from_this(), std::move(reason));
 }
 
-Region::Use::Use(std::shared_ptr<Region> region, bool writes)
-    : region_(std::move(region)), writes_(writes) {
+Region::Use::Use(std::shared_ptr<Region> region, std::vector<Range> written)
+    : region_(std::move(region)), written_(std::move(written)) {
   ++region_->num_uses_;
-  if (writes_) ++region_->num_writers_;
+  for (auto const& range : written_) {
+    auto [begin, end] = region_->mappings_in(range);
+    for (auto it = begin; it != end; ++it) ++it->second.record.num_writers;
+  }
 }
 
 Region::Use::~Use() {
-  if (writes_) {
+  if (!written_.empty()) {
     std::lock_guard lock(region_->arena_->mutex_);
-    --region_->num_writers_;
-    // The window in which the transfer began may be closed by now.
-    report(region_->settle_access(), "mem_set_access");
+    for (auto const& range : written_) {
+      auto [begin, end] = region_->mappings_in(range);
+      for (auto it = begin; it != end; ++it) --it->second.record.num_writers;
+      // The window in which the transfer began may be closed by now. Nothing else: a mapping that
+      // somebody is filling just now is not wanted writable.
+      report(region_->settle_access(range), "mem_set_access");
+    }
   }
   --region_->num_uses_;
 }
@@ -218,19 +261,25 @@ std::unique_ptr<Region::Use> Region::use(std::vector<Range> const& ranges, bool 
   wait_for_change(lock);
   require_open("transfer");
   require_slot("transfer");
+  std::vector<Range> written;
   for (auto const& range : ranges) {
     auto where = [&] {
       return concat("transfer on ", title(), ": [", range.offset_bytes, ", ", range.end(), ")");
     };
     if (!slots_.covers(range)) throw LifecycleError(concat(where(), " is not mapped"));
     if (!writes) continue;
-    auto it = std::prev(mapped_.upper_bound(range.offset_bytes));
-    for (; it != mapped_.end() && it->first < range.end(); ++it) {
-      if (it->second.access() == Access::kReadWrite) continue;
-      throw LifecycleError(concat(where(), " is read-only; load inside `with region.writable():`"));
+    auto [begin, end] = mappings_over(range);
+    for (auto it = begin; it != end; ++it) {
+      auto const& mapping = it->second;
+      bool locked = mapping.record.read_only && num_windows_ == 0;
+      if (locked || mapping.access() != Access::kReadWrite) {
+        throw LifecycleError(
+            concat(where(), " is read-only; load inside `with region.writable():`"));
+      }
+      written.push_back({it->first, mapping.bytes()});
     }
   }
-  return std::make_unique<Use>(shared_from_this(), writes);
+  return std::make_unique<Use>(shared_from_this(), joined(std::move(written)));
 }
 
 std::unique_ptr<Region::Export> Region::export_range(Range const& range) {
@@ -279,7 +328,7 @@ std::vector<Range> Region::read_only_ranges() const {
   std::lock_guard lock(arena_->mutex_);
   std::vector<Range> ranges;
   for (auto const& [offset, mapping] : mapped_) {
-    if (!mapping.read_only) continue;
+    if (!mapping.record.read_only) continue;
     if (!ranges.empty() && ranges.back().end() == offset) {
       ranges.back().size_bytes += mapping.bytes();
     } else {
@@ -388,6 +437,15 @@ std::vector<Range> Region::slots_for(Range const& range) const {
 
 std::pair<Slots::iterator, Slots::iterator> Region::mappings_in(Range const& range) {
   return {mapped_.lower_bound(range.offset_bytes), mapped_.lower_bound(range.end())};
+}
+
+std::pair<Slots::iterator, Slots::iterator> Region::mappings_over(Range const& range) {
+  auto [begin, end] = mappings_in(range);
+  if (begin != mapped_.begin()) {
+    auto before = std::prev(begin);
+    if (before->first + before->second.bytes() > range.offset_bytes) begin = before;
+  }
+  return {begin, end};
 }
 
 Slots Region::extract(Range const& range) {

@@ -17,6 +17,7 @@
 #include "driver/driver.hpp"
 #include "driver/stream.hpp"
 #include "vmm/handles.hpp"
+#include "vmm/quarantine.hpp"
 #include "vmm/shared_handle.hpp"
 #include "vmm/slot_map.hpp"
 #include "vmm/step.hpp"
@@ -44,8 +45,8 @@ class Region : public std::enable_shared_from_this<Region> {
   // it throws LifecycleError, unless told to abandon them.
   void close(bool abandon_views = false);
 
-  // Read-only memory can be written while at least one window is open, or a transfer that began in
-  // one is in flight.
+  // Read-only memory can be written while at least one window is open. A transfer that began in one
+  // keeps what it writes writable until it ends, and nothing else.
   void protect(std::size_t offset_bytes, std::optional<std::size_t> size_bytes, bool read_only);
   void open_window();
   void close_window();
@@ -90,16 +91,17 @@ class Region : public std::enable_shared_from_this<Region> {
   // While a Use lives, the region's mappings stay: unmap and close refuse.
   class Use {
    public:
-    Use(std::shared_ptr<Region> region, bool writes);
+    Use(std::shared_ptr<Region> region, std::vector<Range> written);
     ~Use();
     Use(Use const&) = delete;  // one use, one count
     Use& operator=(Use const&) = delete;
 
    private:
     std::shared_ptr<Region> region_;
-    bool writes_;
+    std::vector<Range> written_;  // whole mappings, each once
   };
-  // Throws LifecycleError unless every range is mapped and, for one that writes, writable.
+  // Throws LifecycleError unless every range is mapped and, for one that writes, writable: what is
+  // read-only needs an open window, whoever else writes to it just now.
   std::unique_ptr<Use> use(std::vector<Range> const& ranges, bool writes = false);
 
   // While an Export lives, the address range stays reserved, so that a tensor which outlives the
@@ -126,6 +128,7 @@ class Region : public std::enable_shared_from_this<Region> {
  private:
   friend class AliasSet;
   friend class Arena;
+  friend class Notices;
   friend class Transaction;
   using Lock = std::unique_lock<std::mutex>;
 
@@ -151,6 +154,10 @@ class Region : public std::enable_shared_from_this<Region> {
   // Of the recorded work, giving the lock up; false: there was none. What is recorded meanwhile is
   // for the next round.
   static bool wait_for_events(Lock& lock, std::vector<Region*> const& regions);
+  // The same at their end, when nobody else has them any more: takes the mutex, and the events
+  // away. What could not be waited for; null: all of it is over.
+  static std::shared_ptr<UnfinishedWork> finish_work(Arena& arena,
+                                                     std::vector<Region*> const& regions);
   Range checked_range(char const* verb, std::size_t offset_bytes,
                       std::optional<std::size_t> size_bytes) const;
   void require_whole_slots(char const* verb, SlotMap const& slots, Range const& range,
@@ -159,25 +166,28 @@ class Region : public std::enable_shared_from_this<Region> {
   // The mappings in the range.
   std::pair<Slots::iterator, Slots::iterator> mappings_in(Range const& range);
   Slots extract(Range const& range);
-  [[nodiscard]] Access wanted_access(bool read_only) const noexcept {
-    return read_only && num_windows_ + num_writers_ == 0 ? Access::kRead : Access::kReadWrite;
+  // Of a range that need not begin or end with a mapping.
+  std::pair<Slots::iterator, Slots::iterator> mappings_over(Range const& range);
+  [[nodiscard]] Access wanted_access(Mapping const& mapping) const noexcept {
+    bool locked = mapping.record.read_only && num_windows_ == 0 && mapping.record.num_writers == 0;
+    return locked ? Access::kRead : Access::kReadWrite;
   }
-  // Brings every mapping's access to what is wanted. The first failure; the others are still tried.
-  Result settle_access() noexcept;
+  // Brings the mappings' access to what is wanted. The first failure; the others are still tried.
+  Result settle_access(Range const& range) noexcept;
+  Result settle_access() noexcept { return settle_access({0, size_bytes()}); }
   void drop_events();
 
   std::shared_ptr<Arena> const arena_;
   std::uint64_t const id_;
   std::string const owner_;
   std::string const tag_;
-  std::shared_ptr<Reservation> const range_;
+  std::shared_ptr<Reservation> range_;  // the arena's in the end
   SlotMap slots_;
   Slots mapped_;
   bool changing_ = false;  // a transaction works on it without the mutex
   AliasSet const* alias_set_ = nullptr;
   bool owns_slot_ = true;  // of its alias set
   std::size_t num_windows_ = 0;
-  std::size_t num_writers_ = 0;
   std::multiset<std::string> holds_;
   std::map<std::uint64_t, std::shared_ptr<Hooks const>> hooks_;
   std::map<StreamId, Recorded> recorded_;

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <exception>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -14,6 +15,7 @@
 
 #include "error.hpp"
 #include "vmm/arena.hpp"
+#include "vmm/notices.hpp"
 
 namespace aegaeon {
 
@@ -23,7 +25,8 @@ class Transaction {
   // whose regions these are; nobody else may map, unmap or close them.
   Transaction(Arena& arena, std::vector<Step> steps, std::shared_ptr<Region> closing = nullptr,
               bool abandon_views = false, AliasSet const* on_behalf_of = nullptr);
-  void commit();
+  // also: done with the plan, under the same lock: nobody sees the one without the other.
+  void commit(std::function<void()> const& also = {});
   std::optional<Shortage> check();
 
  private:
@@ -44,26 +47,18 @@ class Transaction {
     bool destroys = false;  // bytes that the way back would restore
     std::vector<Allocation const*> handles;
   };
-  // A call of one pair of hooks.
-  struct Notice {
-    std::shared_ptr<Region> region;
-    std::uint64_t hook_id = 0;
-    std::shared_ptr<Region::Hooks const> hooks;
-    Range range;
-  };
 
   std::vector<PlannedStep> plan() const;
   std::vector<PlannedStep> plan_close() const;
   void prepare(Lock& lock);
   void wait_until_unchanging(Lock& lock);
-  // These give the lock up, and say whether they did: then what was checked has to be checked
-  // again.
+  // Gives the lock up, and says whether it did: then what was checked has to be checked again.
   bool wait_for_events(Lock& lock);
-  bool tell_before(Lock& lock);
-  [[nodiscard]] std::vector<Notice> notices_after(bool failed) const;
-  static std::exception_ptr tell_after(std::vector<Notice> const& notices);
   void set_changing(bool changing);
+  void free_address();
+  void finish();
 
+  // carry_out.cpp
   void apply(PlannedStep const& step);
   void apply_map(Applied& applied);
   void apply_unmap(Applied& applied);
@@ -71,12 +66,15 @@ class Transaction {
   std::vector<Fill> fills();
   void fill(Lock& lock);
   void protect();
-  void free_address();
-  void finish();
 
+  // roll_back.cpp
   void roll_back();
   void undo_map(Applied& applied);
   void undo_unmap(Applied& applied);
+  // Mapped by this plan: nobody's contents are lost with it.
+  [[nodiscard]] bool is_own(Mapping const& mapping) const noexcept {
+    return mapping.record.number >= first_number_;
+  }
   [[noreturn]] void rethrow_with_losses(std::exception_ptr error) const;
 
   Arena& arena_;
@@ -86,7 +84,8 @@ class Transaction {
   AliasSet const* on_behalf_of_;
   std::vector<PlannedStep> planned_;
   std::vector<Applied> applied_;
-  std::vector<Notice> told_;  // before_unmap has been called
+  std::uint64_t first_number_ = 0;  // of the mappings that the plan makes
+  Notices notices_;
   // Handles that have been submitted to be filled; unconfirmed when the device did not say that it
   // is done.
   std::set<Allocation const*> filled_;

@@ -112,6 +112,11 @@ class DeviceBytes:
         code, self._stream = self._driver.stream_create()
         assert code == 0
 
+    @property
+    def stream(self) -> int:
+        """What its copies are on."""
+        return int(self._stream)
+
     def write(self, address: int, data: npt.NDArray[np.uint8]) -> None:
         data = np.ascontiguousarray(data)
         code = self._driver.memcpy_h2d_async(address, data.ctypes.data, data.nbytes, self._stream)
