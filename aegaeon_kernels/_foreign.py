@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
 from aegaeon_kernels import _C
+from aegaeon_kernels._closing import ClosedOnExit
 
 # DLPack's device types (dlpack.h, DLDeviceType): memory that the host can read.
 _HOST_TYPES = {1, 3}  # kDLCPU, kDLCUDAHost
 
 
-class ForeignMemory:
+class ForeignMemory(ClosedOnExit):
     """The bytes of an object with the buffer protocol, or with __dlpack__ on the host or `driver`.
 
     stream: a tensor's device makes what it has been given to do visible there. A context manager:
@@ -48,15 +48,8 @@ class ForeignMemory:
         else:
             raise ValueError(f"a {kind} has neither a contiguous buffer nor __dlpack__")
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Let the object go."""
         self._keep = None
 
 

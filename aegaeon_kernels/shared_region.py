@@ -9,7 +9,6 @@ import json
 import os
 import socket
 import struct
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from aegaeon_kernels import _C
@@ -24,7 +23,7 @@ _MOST_LAYOUT_BYTES = 16 << 20
 _FDS_PER_MESSAGE = 128  # Linux takes 253
 
 
-class SharedHandles:
+class SharedHandles(ClosedOnExit):
     """Descriptors of the memory of a region, and where in it they lie.
 
     Made by Region.export_handles(), or in the other process by receive(). Where they were made they
@@ -117,17 +116,6 @@ class SharedHandles:
         if self._hold is not None:
             self._hold.end()
             self._hold = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __del__(self) -> None:
         self.close()

@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
         | {"numpy", "packaging", "prometheus_client", "torch", "vllm"}
     ),
     "aegaeon.build_image": frozenset({CORE, KERNELS, "tqdm"}),
-    "aegaeon.checkpoint": frozenset({CORE, "safetensors"}),
+    "aegaeon.checkpoint": frozenset({CORE, KERNELS, "safetensors"}),
     "aegaeon.tiny_model": frozenset({"tokenizers", "torch", "transformers"}),
 }
 # The modules that put the parts together: they may import every layer and each other.

@@ -1,15 +1,17 @@
 """Checks a checkpoint's files before any process is started for it.
 
-Reads the headers of the safetensors files only, through the safetensors library, which checks them
-against the length of the file: a truncated file or an altered header is found here, by name.
+Reads the index, and the headers of the safetensors files only, through the safetensors library,
+which checks them against the length of the file: a truncated file or an altered header is found
+here, by name.
 """
 
-import json
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from aegaeon.core.errors import ModelLoadError
+from aegaeon_kernels.errors import IntegrityError
+from aegaeon_kernels.safetensors_file import INDEX_NAME, read_index
 
 
 def weight_bytes(model: str, path: Path) -> int:
@@ -27,21 +29,17 @@ def weight_bytes(model: str, path: Path) -> int:
 
 
 def _weight_files(model: str, path: Path) -> list[Path]:
-    index = path / "model.safetensors.index.json"
+    index = path / INDEX_NAME
     if not index.is_file():
         files = sorted(path.glob("*.safetensors"))
         if not files:
             raise ModelLoadError(model, f"{path} has no safetensors weights (nothing else is read)")
         return files
     try:
-        names = set(json.loads(index.read_text())["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelLoadError(model, f"{index} is damaged: {error!r}") from error
-    files = [path / str(name) for name in sorted(names)]
-    for file in files:
-        if file.parent != path or not file.is_file():
-            raise ModelLoadError(model, f"{index} names {file.name}, which is not there")
-    return files
+        shards = set(read_index(index).values())
+    except IntegrityError as error:
+        raise ModelLoadError(model, str(error)) from error
+    return [path / shard for shard in sorted(shards)]
 
 
 def _tensor_bytes(model: str, file: Path) -> int:
