@@ -119,6 +119,7 @@ def test_the_document_of_results_is_written_with_its_plots(tmp_path: Path, monke
     monkeypatch.setattr(results, "SWITCH_S", (0.0, 27.0))
     monkeypatch.setattr(results, "RATES", (0.1, 0.2))
     monkeypatch.setattr(results, "PRESETS", {"pingpong": preset})
+    monkeypatch.setattr(results, "FLEET_S", 20.0)
     results.main(
         [str(tmp_path / "r.md"), "--seeds", "2", "--sweep-seeds", "1", "--workers", "1",
          "--duration", "8"]

@@ -112,7 +112,7 @@ class Instance:
     """role: what its policy is asked for; on a PREFILL instance requests leave after their prompt.
 
     on_end(request, runs, now): it has all its tokens. on_prefilled(instance, request, now).
-    on_idle(instance, now): it has no open request; may bring it some.
+    on_closed(instance, now): a model has no open request here any more; may bring others.
     next_s: when `happen` is to be called; never while idle. Each time it changes, the time and the
     instance's number are pushed to the heap `agenda`.
     shortest_s: turns of both phases last at least this long, whatever the policy says.
@@ -157,7 +157,7 @@ class Instance:
         self.open: dict[str, Hosted] = {}
         self._on_end = on_end
         self.on_prefilled: Callable[[Instance, SimRequest, float], None] = _nobody_asked
-        self.on_idle: Callable[[Instance, float], None] = _nothing_to_bring
+        self.on_closed: Callable[[Instance, float], None] = _nobody_waits
         self._agenda = agenda
         self._shows_all = shows_all
         self._shortest_s = shortest_s
@@ -287,9 +287,7 @@ class Instance:
     def _decide(self, now: float) -> None:
         self._activity, self.next_s = Activity.IDLE, NEVER_S
         if not self.open:
-            self.on_idle(self, now)
-            if self.next_s != NEVER_S or not self.open:
-                return
+            return
         turn = self.policy.next_turn(self.state(now), now)
         self._arrived.clear()
         if turn is None:
@@ -452,6 +450,7 @@ class Instance:
         hosted.view = None
         if not hosted.queue.num_open and not hosted.parked:
             self.open.pop(hosted.model.name, None)
+            self.on_closed(self, now)
         if self._spans is not None and now > self._began_s:
             self._spans.append(Span(self.number, hosted.model.name, "run", self._began_s, now))
         self._decide(now)
@@ -509,7 +508,7 @@ def _nobody_asked(instance: Instance, request: SimRequest, now: float) -> None:
     raise AssertionError(f"instance {instance.number} does both phases")
 
 
-def _nothing_to_bring(instance: Instance, now: float) -> None:
+def _nobody_waits(instance: Instance, now: float) -> None:
     return
 
 

@@ -18,7 +18,7 @@ from aegaeon.sched.scheduler import Phase, Policy
 from aegaeon.sim.hardware import GB, GpuGroup, Model, profile_of
 from aegaeon.sim.instance import NEVER_S, Instance, InstanceTotals, Span
 from aegaeon.sim.queues import SimRequest
-from aegaeon.sim.routing import Central, JoinFirst, PaperRouter, Placed, Router, place
+from aegaeon.sim.routing import Central, LateBinding, PaperRouter, Placed, Router, place
 
 # paper: prefill and decode on instances of their own; paper-shared: both on each, as the live
 # instance does it.
@@ -212,12 +212,14 @@ class Simulation:
                 each.on_prefilled = router.prefilled
             return router
         instances = [self._add(group, models, self._make()) for _ in range(group.instances)]
-        if self._policy != "request-level":
-            return JoinFirst(instances)
-        central = Central(instances)
+        late: Central | LateBinding
+        if self._policy == "request-level":
+            late = Central(instances)
+        else:
+            late = LateBinding(instances, self._call_at)
         for each in instances:
-            each.on_idle = central.idle
-        return central
+            each.on_closed = late.closed
+        return late
 
     def _placed(
         self, group: GpuGroup, models: Sequence[Model], requests: Sequence[Request]
