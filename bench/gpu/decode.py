@@ -126,26 +126,26 @@ def _beside_transfers(setting: Setting, decoder: Decoder) -> Iterator[Result]:
         }
         steps: dict[str, list[float]] = {name: [] for name in modes}
         moved: dict[str, list[float]] = {name: [] for name in modes}
-        _timed_steps(decoder, 10)  # the first ones are slow
+        timed_steps(decoder, 10)  # the first ones are slow
         for _ in range(setting.rounds):
             for name, (transfers, rates) in modes.items():
                 ours.prefetcher.set_rate(load=rates.get("load"), store=rates.get("store"))
                 with _running(transfers):
                     before, started = _bytes_moved(ours), time.perf_counter()
-                    steps[name] += _timed_steps(decoder, setting.decode_steps)
+                    steps[name] += timed_steps(decoder, setting.decode_steps)
                     took = time.perf_counter() - started
                     moved[name].append((_bytes_moved(ours) - before) / took / 1e9)
         ours.prefetcher.set_rate(load=None, store=None)
         ours.load()
         ours.check()
-    alone = _p99(steps["alone"])
+    alone = p99(steps["alone"])
     for name, seconds in steps.items():
         yield {
             "result": f"decoding ({decoder.name}), {name}",
             "steps": len(seconds),
             **quantiles("step_us", seconds, scale=1e6),
-            "step_us_p99": _p99(seconds) * 1e6,
-            "p99_of_alone": _p99(seconds) / alone,
+            "step_us_p99": p99(seconds) * 1e6,
+            "p99_of_alone": p99(seconds) / alone,
             "moved_gb_per_s": median(moved[name]),
         }
 
@@ -155,7 +155,7 @@ def _bytes_moved(ours: Model) -> int:
     return stats.load.bytes + stats.store.bytes
 
 
-def _timed_steps(decoder: Decoder, num_steps: int) -> list[float]:
+def timed_steps(decoder: Decoder, num_steps: int) -> list[float]:
     seconds = []
     for _ in range(num_steps):
         started = time.perf_counter()
@@ -164,7 +164,7 @@ def _timed_steps(decoder: Decoder, num_steps: int) -> list[float]:
     return seconds
 
 
-def _p99(seconds: list[float]) -> float:
+def p99(seconds: list[float]) -> float:
     return sorted(seconds)[min(len(seconds) - 1, len(seconds) * 99 // 100)]
 
 

@@ -7,7 +7,7 @@
 What cannot be measured is a line too, with the reason under `skipped`, and so is what went wrong,
 under `error`; then the exit status is 1. Needs the packages of the extras `bench` and `dev`, torch
 for CUDA, and, to be compared with them, vllm and torch_memory_saver; about 20 GiB of free device
-memory and 40 GiB of host memory. Takes some 10 minutes.
+memory (kv: 42) and 40 GiB of host memory. Takes some 10 minutes.
 """
 
 import argparse
@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # measure.py serves the othe
 
 from decode import measure_decode
 from driver_calls import measure_driver_calls
+from kv import measure_kv
 from measure import Bystanders, environment
 from pinning import measure_pinning
 from restore import measure_restore
@@ -39,6 +40,7 @@ MEASUREMENTS: dict[str, Callable[[Setting], Iterator[Result]]] = {
     "transfers": measure_transfers,
     "restore": measure_restore,
     "decode": measure_decode,
+    "kv": measure_kv,
 }
 
 

@@ -28,6 +28,9 @@ class Setting:
     model_bytes: int  # weights of one model
     table_bytes: int  # of handles for the table of driver calls
     pinned_bytes: int  # for each kind of host memory
+    kv_bytes: int  # of a KV cache, half of which is copied on the device
+    swap_bytes: int  # of KV that goes over the link
+    pool_bytes: int  # of a KV cache that is compacted
     chunk_bytes: int
     rounds: int
     decode_steps: int  # in each round
@@ -40,6 +43,9 @@ class Setting:
             model_bytes=15 * GIB,
             table_bytes=2 * GIB,
             pinned_bytes=8 * GIB,
+            kv_bytes=8 * GIB,
+            swap_bytes=GIB,
+            pool_bytes=40_000_000_000,
             chunk_bytes=8 * MIB,
             rounds=10,
             decode_steps=1000,
@@ -54,6 +60,9 @@ class Setting:
             model_bytes=16 * MIB,
             table_bytes=128 * MIB,
             pinned_bytes=4 * MIB,
+            kv_bytes=2 * MIB,
+            swap_bytes=4 * MIB,
+            pool_bytes=8 * MIB,
             chunk_bytes=256 * KIB,
             rounds=2,
             decode_steps=20,

@@ -27,6 +27,18 @@ MEASURED = {
     "sleep and wake, arena",
     *(f"decoding (matrix products on the host), {mode}" for mode in MODES),
 }
+KV = {
+    *(f"KV pages of {size} bytes" for size in (512, 2048, 4096, 16384, 65536, 524288)),
+    *(
+        f"swap of scattered blocks, each {one}"
+        for one in ("one page of 2 MiB", "64 pages of 32 KiB")
+    ),
+    "compaction of a pool, half of it live",
+    *(
+        f"decoding (matrix products on the host) beside compaction, {name}"
+        for name in ("alone", "8_programs", "32_programs", "full_grid")
+    ),
+}
 NO_CUDA = {"sleep and wake, vLLM CuMemAllocator", "sleep and wake, torch_memory_saver", "decode"}
 
 
@@ -52,9 +64,11 @@ def test_a_dry_run_measures_all_that_needs_no_torch_for_cuda(
     measured = {name for name, line in lines.items() if "skipped" not in line}
     assert measured >= MEASURED
     assert ("pinning, numa" in measured) == (kind == "stub")
-    for name in NO_CUDA:
+    no_cuda = NO_CUDA if kind == "host" else NO_CUDA | {"kv"}
+    assert measured & KV == (KV if kind == "host" else set())
+    for name in no_cuda:
         assert lines[name]["skipped"] == "torch has no CUDA device here"
-    assert measured | NO_CUDA | {"pinning, numa", "pinning, hugetlb"} >= lines.keys()
+    assert measured | no_cuda | {"pinning, numa", "pinning, hugetlb"} >= lines.keys()
     for line in lines.values():
         assert line["device"] == ("cuda:0" if kind == "stub" else "host")
         assert line["dry_run"] is True
