@@ -116,24 +116,22 @@ def dashboard(
     open_browser: Annotated[bool, typer.Option("--open", help="In a browser, too.")] = False,
 ) -> None:
     """Serve the running server's dashboard to a browser of this machine, until Ctrl-C."""
-    from aegaeon.listeners import tcp_listener, uvicorn_config
-    from aegaeon.server.bridge import bridge_app, new_key
+    from aegaeon.listeners import tcp_listener
+    from aegaeon.server.bridge import new_key, serve_bridge
 
     admin = _admin(pool, socket)
     admin.get("/admin/state")
     key = new_key()
     with tcp_listener("127.0.0.1", port) as listener:
         address = f"http://127.0.0.1:{listener.getsockname()[1]}/dashboard?key={key}"
+        listener.listen()  # whoever follows the address at once waits, and is not refused
         print(address, flush=True)
         if open_browser:
             import webbrowser
 
             webbrowser.open(address)
-        import uvicorn
-
-        bridge = bridge_app(admin.path, key)
         with suppress(KeyboardInterrupt):
-            uvicorn.Server(uvicorn_config(bridge)).run(sockets=[listener])
+            serve_bridge(listener, admin.path, key)
 
 
 @app.command()

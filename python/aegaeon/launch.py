@@ -104,7 +104,8 @@ async def _run(
     try:
         await supervisor.bring_up(front, router)
         public = Server(uvicorn_config(observers.around(router)))
-        routes = admin_app(supervisor.ask, metrics.snapshot)
+        closing = asyncio.Event()
+        routes = admin_app(supervisor.ask, metrics.snapshot, closing=closing)
         admins = {Server(uvicorn_config(routes, http=OwnUserProtocol)): doors.admin}
         if doors.admin_port is not None and doors.admin_keys is not None:
             with_key = WithKey(routes, doors.admin_keys)
@@ -124,6 +125,7 @@ async def _run(
         try:
             await public.serve(sockets=[doors.public])
         finally:
+            closing.set()
             for admin in admins:
                 admin.should_exit = True
             await asyncio.gather(*serving)

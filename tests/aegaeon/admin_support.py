@@ -103,8 +103,8 @@ class SmallInstance:
             return timeline(self.loop, **arguments)
         return self.state()
 
-    def app(self) -> Any:
-        return admin_app(self.ask, lambda: self.snapshot()["state"]["front"])
+    def app(self, closing: asyncio.Event | None = None) -> Any:
+        return admin_app(self.ask, lambda: self.snapshot()["state"]["front"], closing=closing)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,37 @@ def test_an_instance_that_is_gone_leaves_the_page_served():
 
     page, state = ask(admin_app(gone), "/dashboard", "/admin/state")
     assert (page.status_code, state.status_code) == (200, 503)
+
+
+def test_open_streams_end_when_the_listener_closes(tmp_path):
+    """Both of the admin listener and of the door: a browser would keep its own open for ever."""
+    path, key = tmp_path / "admin.sock", new_key()
+    instance = SmallInstance()
+
+    async def stream(app: Any, closing: asyncio.Event, **options: Any) -> float:
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(app), base_url="http://localhost:1", **options
+        ) as client:
+            # The transport gives an answer when it is complete: the stream has ended.
+            asking = asyncio.ensure_future(client.get("/admin/events?interval_s=60"))
+            await asyncio.sleep(0.5)
+            assert not asking.done()
+            began = time.monotonic()
+            closing.set()
+            answer = await asyncio.wait_for(asking, 20)
+            assert answer.text.startswith("event: snapshot")
+            return time.monotonic() - began
+
+    async def run() -> None:
+        closing = asyncio.Event()
+        assert await stream(instance.app(closing), closing) < 10
+        with listening(instance.app(), path):
+            door_closing = asyncio.Event()
+            door = bridge_app(path, key, closing=door_closing)
+            cookies = {"aegaeon-dashboard": key}
+            assert await stream(door, door_closing, cookies=cookies) < 10
+
+    asyncio.run(run())
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

@@ -58,13 +58,17 @@ def test_what_is_stopped_is_judged_by_what_it_got_and_by_what_was_overdue():
     assert meter.counts.tokens == 2
 
 
-def test_when_the_engine_fails_its_open_requests_have_missed():
+def test_what_the_engine_gives_up_has_missed_and_all_when_it_fails():
     meter = Meter(SLO)
     meter.arrived("a", 0.0)
     meter.arrived("b", 0.0)
+    meter.arrived("c", 0.0)
+    meter.broken("c")
+    meter.broken("c")
+    assert meter.counts == SloCounts(requests_missed=1)
     meter.failed()
     meter.finished("a")
-    assert meter.counts == SloCounts(requests_missed=2)
+    assert meter.counts == SloCounts(requests_missed=3)
 
 
 @settings(deadline=None)

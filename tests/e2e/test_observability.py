@@ -225,7 +225,8 @@ def test_the_metrics_of_vllm_that_the_board_shows_are_exported(server):
 
 def test_the_dashboard_is_on_the_admin_listener_alone(server):
     command = [sys.executable, "-m", "aegaeon", "dashboard", "--socket", str(server.admin_socket)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as door:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as door:
         assert door.stdout is not None
         try:
             address = door.stdout.readline().strip()
@@ -237,10 +238,14 @@ def test_the_dashboard_is_on_the_admin_listener_alone(server):
                 with browser.stream("GET", events) as answer:
                     lines = answer.iter_lines()
                     data = next(line for line in lines if line.startswith("data: "))
+                    door.send_signal(signal.SIGINT)  # with a browser still there
+                    assert list(lines)[-1] == ""
             assert json.loads(data.removeprefix("data: "))["timeline"]["slice_s"] > 0
+            assert door.wait(timeout=20) == 0
+            assert door.stderr is not None
+            assert door.stderr.read() == ""
         finally:
-            door.send_signal(signal.SIGINT)
-        assert door.wait(timeout=20) == 0
+            door.kill()
     assert httpx.get(f"{server.address}/dashboard").status_code == 404
 
 

@@ -65,6 +65,11 @@ class TokenDeadlines:
         return TokenDeadlines(self.ttft_s * factor, self.tpot_s * factor)
 
 
+def is_on_time(deadlines: TokenDeadlines, arrival_s: float, token_idx: int, time_s: float) -> bool:
+    """Whether one token, at `time_s`, meets its deadline."""
+    return time_s <= deadlines.due_s(arrival_s, token_idx) + _EPSILON_S
+
+
 def num_on_time(
     deadlines: TokenDeadlines, arrival_s: float, runs: Iterable[TokenRun], *, first_idx: int = 0
 ) -> int:

@@ -11,7 +11,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from aegaeon.core.config import Slo
-from aegaeon.core.slo import TokenDeadlines, TokenRun, num_on_time, request_on_time
+from aegaeon.core.slo import (
+    TokenDeadlines,
+    TokenRun,
+    is_on_time,
+    num_on_time,
+    request_on_time,
+)
 
 # For quantiles of the recent past.
 SAMPLES_KEPT = 512
@@ -79,10 +85,13 @@ class Meter:
         if request.num_tokens == 0:
             request.first_s = now
             self._ttft_s.append(now - request.arrival_s)
-        run = TokenRun(now, 0.0, num_tokens)
-        on_time = num_on_time(
-            request.deadlines, request.arrival_s, (run,), first_idx=request.num_tokens
-        )
+        # Mostly one; how many of several is then the same as for a run without gaps.
+        on_time = int(is_on_time(request.deadlines, request.arrival_s, request.num_tokens, now))
+        if num_tokens > 1:
+            run = TokenRun(now, 0.0, num_tokens)
+            on_time = num_on_time(
+                request.deadlines, request.arrival_s, (run,), first_idx=request.num_tokens
+            )
         request.last_s = now
         request.num_tokens += num_tokens
         request.num_on_time += on_time
@@ -105,6 +114,11 @@ class Meter:
             self.counts.requests_withdrawn += 1
         else:
             self._judge(request, request.num_tokens + overdue)
+
+    def broken(self, request_id: str) -> None:
+        """The engine has given it up."""
+        if self._open.pop(request_id, None) is not None:
+            self.counts.requests_missed += 1
 
     def failed(self) -> None:
         """The engine is out of service: all open requests ended without their tokens."""

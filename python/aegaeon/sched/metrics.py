@@ -44,7 +44,7 @@ class LoopCollector(Collector):
             labels=["model_name", "activity"],
         )
         usage = self._loop.usage.totals()
-        for name in self._meters:
+        for name in list(self._meters):
             if name in usage:
                 turns.add_metric([name], usage[name].turns)
                 steps.add_metric([name], usage[name].steps)
@@ -82,7 +82,7 @@ class LoopCollector(Collector):
             "The objectives of a model, for requests that bring none of their own.",
             labels=["model_name", "objective"],
         )
-        for name, meter in self._meters.items():
+        for name, meter in list(self._meters.items()):
             counts = meter.counts
             tokens.add_metric([name, "on_time"], counts.tokens_on_time)
             tokens.add_metric([name, "late"], counts.tokens - counts.tokens_on_time)

@@ -5,6 +5,7 @@ address.
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 from starlette.applications import Starlette
@@ -34,8 +35,18 @@ class Ask(Protocol):
     ) -> Any: ...
 
 
-def admin_app(ask: Ask, front: Callable[[], dict[str, Any]] = dict) -> Starlette:
-    """Routes over the instance that `ask` reaches. front: the front's own part of the state."""
+def admin_app(
+    ask: Ask,
+    front: Callable[[], dict[str, Any]] = dict,
+    *,
+    closing: asyncio.Event | None = None,
+) -> Starlette:
+    """Routes over the instance that `ask` reaches.
+
+    front: the front's own part of the state. closing: when it is set, streams of events end, which
+    else keep the server from its end.
+    """
+    closing = closing or asyncio.Event()
 
     async def full_state() -> dict[str, Any]:
         return {**await ask("state"), "front": front()}
@@ -62,7 +73,7 @@ def admin_app(ask: Ask, front: Callable[[], dict[str, Any]] = dict) -> Starlette
         # Asked for once before the answer begins: an instance that is gone is a status.
         first = await news.next()
         return StreamingResponse(
-            _events(news, first, interval_s),
+            _events(news, first, interval_s, closing),
             media_type="text/event-stream",
             headers={"Cache-Control": "no-store"},
         )
@@ -178,12 +189,16 @@ class News:
         return news
 
 
-async def _events(news: News, first: dict[str, Any], interval_s: float) -> AsyncIterator[str]:
+async def _events(
+    news: News, first: dict[str, Any], interval_s: float, closing: asyncio.Event
+) -> AsyncIterator[str]:
     snapshot: dict[str, Any] | None = first
     while True:
         if snapshot is not None:
             yield f"event: snapshot\ndata: {json.dumps(snapshot)}\n\n"
-        await asyncio.sleep(interval_s)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(closing.wait(), interval_s)
+            return
         try:
             snapshot = await news.next()
         except (AegaeonError, TimeoutError) as error:

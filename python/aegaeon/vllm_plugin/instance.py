@@ -87,6 +87,7 @@ class Instance:
 
         namespace = serve_args(model, device_kind=self._device.kind)
         config = engine_config(namespace, model=model.name, device_kind=self._device.kind)
+        meter = self._meters.setdefault(model.name, Meter(model.slo))
         with hosting(self.switcher, model.name, pinned=model.pin, image_cache=self._image_cache):
             core = HostedEngineCore(
                 model.name,
@@ -94,7 +95,7 @@ class Instance:
                 addresses=self._spec.addresses[model.name],
                 switcher=self.switcher,
                 wake=self.loop.wake,
-                meter=self._meters[model.name],
+                meter=meter,
                 clock=self.clock,
             )
         self.loop.add(core, slo=model.slo, priority=model.priority)

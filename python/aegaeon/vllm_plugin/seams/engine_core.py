@@ -33,6 +33,9 @@ _CALLS_WITHOUT_DEVICE = frozenset(
     {"get_supported_tasks", "reset_prefix_cache", "is_sleeping", "is_scheduler_paused"}
 )
 
+# Reasons to finish that are no answer: the engine gave up on the request.
+_FAULTS = frozenset({"error", "abort"})
+
 
 class HostedEngineCore(EngineCoreProc):
     """A vLLM engine core that implements `aegaeon.core.engine.Engine`.
@@ -114,7 +117,11 @@ class HostedEngineCore(EngineCoreProc):
             for output in each.outputs:
                 answers = len(output.new_token_ids) or int(output.pooling_output is not None)
                 self._meter.produced(output.request_id, answers, now)
-                if output.finish_reason is not None:
+                if output.finish_reason is None:
+                    continue
+                if str(output.finish_reason) in _FAULTS:
+                    self._meter.broken(output.request_id)
+                else:
                     self._meter.finished(output.request_id)
         return outputs, executed
 
@@ -255,6 +262,7 @@ SEAM = Seam(
         Upstream("vllm.v1.engine", "EngineCoreOutput.new_token_ids"),
         Upstream("vllm.v1.engine", "EngineCoreOutput.pooling_output"),
         Upstream("vllm.v1.engine", "EngineCoreOutput.finish_reason"),
+        Upstream("vllm.v1.engine", "FinishReason.__str__", ("self",)),
         Upstream("vllm.v1.engine.core", "EngineCoreProc.has_work"),
         Upstream("vllm.v1.engine.core", "EngineCoreProc.input_queue"),
         Upstream("vllm.v1.engine.core", "EngineCoreProc.process_input_queue_block"),
