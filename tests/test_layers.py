@@ -60,6 +60,7 @@ COMPOSITION = frozenset(
         "local_server",
         "observers",
         "pool_check",
+        "pool_reload",
         "sim_cli",
         "stop_request",
         "supervisor",

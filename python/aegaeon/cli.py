@@ -45,8 +45,12 @@ def serve(
 ) -> None:
     """Start the OpenAI-compatible server for all models of a pool."""
     from aegaeon import launch, pool_check
+    from aegaeon.pool_reload import PoolSource
 
-    pool = _with_address(config.load_pool(pool_file), host, port)
+    def read() -> config.PoolConfig:
+        return _with_address(config.load_pool(pool_file), host, port)
+
+    pool = read()
     if check_config:
         pool_check.check_pool(pool)
         print(f"{pool_file}: fine; models: {', '.join(model.name for model in pool.models)}")
@@ -56,7 +60,7 @@ def serve(
         names = ", ".join(name for model in pool.models for name in model.names)
         print(f"aegaeon serves {names} on {address}/v1", flush=True)
 
-    launch.serve(pool, on_ready=ready)
+    launch.serve(pool, on_ready=ready, source=PoolSource(pool_file.absolute(), read))
 
 
 PoolOption = Annotated[

@@ -23,9 +23,10 @@ from aegaeon.core.threads import in_daemon_thread
 from aegaeon.listeners import Server, allow_many_files, tcp_listener, unix_listener, uvicorn_config
 from aegaeon.observers import Observers
 from aegaeon.pool_check import check_pool
+from aegaeon.pool_reload import PoolReload, PoolSource
 from aegaeon.server.admin import admin_app
 from aegaeon.server.admin_client import RUNTIME_DIR_PREFIX, SOCKET_NAME
-from aegaeon.server.app import Limits, Router
+from aegaeon.server.app import Admit, Limits, Router
 from aegaeon.server.auth import ApiKeys, WithKey
 from aegaeon.server.metrics import FrontMetrics
 from aegaeon.server.protocol import OwnUserProtocol
@@ -39,10 +40,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def serve(pool: PoolConfig, *, on_ready: Callable[[str], None] = print) -> None:
+def serve(
+    pool: PoolConfig,
+    *,
+    on_ready: Callable[[str], None] = print,
+    source: PoolSource | None = None,
+) -> None:
     """Run the pool until SIGINT or SIGTERM; returns after everything has ended.
 
     on_ready: called with the address once requests are answered.
+    source: where the pool was read from; what can be changed without a restart follows it.
     Raises AegaeonError when the pool cannot be started, RestartsExhausted when the instance dies
     again and again.
     """
@@ -57,7 +64,7 @@ def serve(pool: PoolConfig, *, on_ready: Callable[[str], None] = print) -> None:
         supervisor = Supervisor(pool, runtime_dir)
         stack.callback(supervisor.stop)
         with suppress(KeyboardInterrupt, asyncio.CancelledError):
-            asyncio.run(_run(pool, supervisor, doors, on_ready))
+            asyncio.run(_run(pool, supervisor, doors, on_ready, source))
 
 
 @dataclass(frozen=True)
@@ -93,6 +100,7 @@ async def _run(
     supervisor: Supervisor,
     doors: _Doors,
     on_ready: Callable[[str], None],
+    source: PoolSource | None,
 ) -> None:
     stop = StopRequest(pool.server.drain_timeout)
     first = supervisor.instance
@@ -101,6 +109,16 @@ async def _run(
     front = await first.unless_it_dies(in_daemon_thread(lambda: _make_front(first.device_kind)))
     router, metrics = _router(pool, supervisor, doors.api_keys)
     observers = Observers(pool.observability, metrics, supervisor.ask)
+
+    async def follow(old: PoolConfig, new: PoolConfig) -> None:
+        await supervisor.reconfigure(old, new)
+        router.reconfigure(
+            limits=_limits(new),
+            admit=_admit(new, supervisor),
+            aliases={model.name: model.aliases for model in new.models},
+        )
+        stop.drain_timeout_s = new.server.drain_timeout
+
     try:
         await supervisor.bring_up(front, router)
         public = Server(uvicorn_config(observers.around(router)))
@@ -113,10 +131,13 @@ async def _run(
         stop.then(router, public)
         supervising = asyncio.create_task(supervisor.run(front, router))
         supervising.add_done_callback(stop.after)
+        watched = doors.keys_files()
+        if source is not None:
+            watched[source.path] = PoolReload(source, pool, follow).changed
         background = [
             supervising,
             asyncio.create_task(_announce(public, doors.public, on_ready)),
-            asyncio.create_task(watch_files(doors.keys_files())),
+            asyncio.create_task(watch_files(watched)),
         ]
         serving = [
             asyncio.create_task(admin.serve(sockets=[listener]))
@@ -155,26 +176,34 @@ def _router(
         state = await supervisor.ask("state")
         return {model["name"]: model["state"] for model in state["models"]}
 
+    router = Router(
+        limits=_limits(pool),
+        metrics=metrics,
+        states=states,
+        admit=_admit(pool, supervisor),
+        api_keys=api_keys,
+    )
+    front = FrontMetrics([model.name for model in pool.models], router.num_open)
+    return router, front
+
+
+def _limits(pool: PoolConfig) -> Limits:
+    return Limits(
+        max_body_bytes=pool.server.max_body_bytes,
+        max_open_requests=pool.server.max_queued_requests,
+        max_open_total=pool.server.max_open_requests,
+        max_n=pool.server.max_n,
+    )
+
+
+def _admit(pool: PoolConfig, supervisor: Supervisor) -> Admit | None:
     async def admit(model: str, prompt_tokens: int, ttft_ms: float | None) -> float:
         answer = await supervisor.ask(
             "admit", model=model, prompt_tokens=prompt_tokens, ttft_ms=ttft_ms
         )
         return float(answer)
 
-    router = Router(
-        limits=Limits(
-            max_body_bytes=pool.server.max_body_bytes,
-            max_open_requests=pool.server.max_queued_requests,
-            max_open_total=pool.server.max_open_requests,
-            max_n=pool.server.max_n,
-        ),
-        metrics=metrics,
-        states=states,
-        admit=admit if pool.scheduler.admission == "deadline" else None,
-        api_keys=api_keys,
-    )
-    front = FrontMetrics([model.name for model in pool.models], router.num_open)
-    return router, front
+    return admit if pool.scheduler.admission == "deadline" else None
 
 
 async def _announce(

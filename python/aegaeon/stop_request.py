@@ -27,7 +27,7 @@ class StopRequest:
     """
 
     def __init__(self, drain_timeout_s: float) -> None:
-        self._drain_timeout_s = drain_timeout_s
+        self.drain_timeout_s = drain_timeout_s
         self._server: uvicorn.Server | None = None
         self._router: Router | None = None
         self._ending: asyncio.Task[None] | None = None
@@ -62,7 +62,7 @@ class StopRequest:
 
     async def _drain(self) -> None:
         assert self._router is not None
-        deadline_s = time.monotonic() + self._drain_timeout_s
+        deadline_s = time.monotonic() + self.drain_timeout_s
         self._router.refuse(_DRAINING)
         logger.info("draining: %d requests are open", self._router.num_open())
         while self._router.num_open() and time.monotonic() < deadline_s:

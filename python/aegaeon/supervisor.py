@@ -117,6 +117,28 @@ class Supervisor:
         self._remember(question, arguments)
         return answer
 
+    async def reconfigure(self, old: PoolConfig, new: PoolConfig) -> None:
+        """Go by `new`, which differs from `old` in live keys; also in the instances to come.
+
+        Raises as `ask` does; a pin that is refused is logged.
+        """
+        settings = {
+            model.name: {"slo": model.slo.model_dump(), "priority": model.priority}
+            for model in new.models
+        }
+        await self.ask("configure", models=settings)
+        before = {model.name: model.pin for model in old.models}
+        for model in new.models:
+            known = self._models[model.name]
+            self._models[model.name] = model.model_copy(update={"pin": known.pin})
+            if model.pin == before[model.name]:
+                continue  # as it was in the file; an operator may have ordered otherwise since
+            try:
+                await self.ask("pin" if model.pin else "unpin", timeout_s=None, model=model.name)
+            except (OrderRefused, UnknownModel) as error:
+                logger.error("models[%s].pin: %s", model.name, error)
+        self._pool = new
+
     def stop(self) -> None:
         """End the instance; returns when it and all that it has started are gone."""
         self._ready = False

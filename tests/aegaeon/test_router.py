@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import json
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -273,6 +274,19 @@ def test_requests_beyond_the_limit_of_all_models_are_a_503():
     refused = asyncio.run(run())
     assert (refused.status_code, error_of(refused)["code"]) == (503, "server_overloaded")
     assert int(refused.headers["retry-after"]) >= 1
+
+
+def test_limits_and_aliases_can_be_changed_while_it_serves():
+    renamed: list[tuple[str, ...]] = []
+    model = replace(served("a", "old"), rename=renamed.append)
+    router = make_router(model, served("b"))
+    limits = Limits(max_body_bytes=1000, max_open_requests=2, max_n=1)
+    assert call(router, "POST", CHAT, json={"model": "old", "n": 2}).status_code == 200
+    router.reconfigure(limits=limits, admit=None, aliases={"a": ("new",), "b": ()})
+    assert renamed == [("new",)]
+    assert call(router, "POST", CHAT, json={"model": "new"}).json()["served_by"] == "a"
+    assert call(router, "POST", CHAT, json={"model": "old"}).status_code == 404
+    assert call(router, "POST", CHAT, json={"model": "a", "n": 2}).status_code == 400
 
 
 def test_a_name_that_does_not_exist_is_not_sent_back_at_any_length():

@@ -544,3 +544,14 @@ def test_what_the_caller_raises_about_a_failed_model_ends_the_loop():
         loop.run()
     assert told == ["a"]
     assert engine.error is not None
+
+
+def test_other_objectives_hold_for_open_requests_too():
+    engine = CountingEngine("a", 5, [])
+    loop, _ = make_loop(1, engine)
+    loop.run_turn()
+    loop.configure("a", slo=Slo(ttft_ms=1000.0, tpot_ms=1.0), priority=4)
+    loop.run_turn()
+    assert loop.seen is not None
+    assert loop.seen[0].models[0].work.priority == 4
+    loop.configure("gone", slo=Slo(), priority=0)

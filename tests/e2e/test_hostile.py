@@ -17,7 +17,10 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+import schemathesis
 from e2e_support import BODY_LIMIT, CHAT, chat, instance_of, write_pool
+from hypothesis import HealthCheck, Phase, given, settings
+from schemathesis import GenerationMode
 
 from aegaeon.local_server import LocalServer, local_server
 from aegaeon.server.admin import admin_app
@@ -294,3 +297,62 @@ def test_a_thousand_half_open_connections_are_answered_and_let_go(server):
             with suppress(ConnectionResetError):
                 assert made.recv(100).startswith(b"HTTP/1.1 408")
         assert time.monotonic() - opened < 20
+
+
+# -- what the OpenAPI document allows, and what it does not --------------------------------------
+
+MAX_EXAMPLES = 4 * SCALE
+
+
+def test_requests_made_from_the_openapi_document_are_answered_or_refused(server, vllm_application):
+    document = vllm_application["openapi"]
+    document["paths"] = {k: v for k, v in document["paths"].items() if k in MODEL_ROUTES}
+    assert len(document["paths"]) >= 6
+    schema = schemathesis.openapi.from_dict(document)
+    wrong: list[Any] = []
+    with canary(server), httpx.Client(base_url=server.running.address, timeout=60) as client:
+        for result in schema.get_all_operations():
+            operation = result.ok()
+            for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
+
+                @given(case=operation.as_strategy(generation_mode=mode))
+                @settings(
+                    max_examples=MAX_EXAMPLES,
+                    deadline=None,
+                    derandomize=True,
+                    database=None,
+                    phases=[Phase.generate],
+                    suppress_health_check=list(HealthCheck),
+                )
+                def ask(case: Any) -> None:
+                    wrong.extend(_wrong_with(client, server, case))
+
+                ask()
+    assert wrong == []
+
+
+def _wrong_with(client: httpx.Client, server: Guarded, case: Any) -> list[Any]:
+    body = case.body
+    if isinstance(body, dict):
+        # Else nearly all would stop at the router; and no answer longer than a test may last.
+        body = {**body, "model": "llama"}
+        for key in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
+            body[key] = 2 if key not in body or isinstance(body[key], int) else body[key]
+    try:
+        content = json.dumps(body).encode()
+    except (TypeError, ValueError):
+        return []
+    headers = {"content-type": "application/json", **server.user_header}
+    with suppress(httpx.TimeoutException):
+        response = client.request(case.method, case.path, content=content, headers=headers)
+        if response.status_code < 400:
+            return []
+        fine = response.status_code < 500 or response.status_code == 501
+        try:
+            shaped = isinstance(response.json()["error"]["message"], str)
+        except (ValueError, KeyError, TypeError):
+            shaped = False
+        if fine and shaped:
+            return []
+        return [(case.method, case.path, response.status_code, response.text[:300], body)]
+    return [(case.method, case.path, "no answer", body)]

@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+import yaml
 from e2e_support import CHAT, chat, children_of, instance_of, leftovers, wait_until, write_pool
 
 from aegaeon.local_server import LocalServer, local_server
@@ -46,6 +47,31 @@ def health(server: LocalServer) -> httpx.Response:
     return httpx.get(f"{server.address}/health", timeout=5)
 
 
+def test_an_edited_pool_file_is_followed_and_a_bad_one_is_not(server):
+    file = server.admin_socket.parent / "pool.yaml"
+    log = server.admin_socket.parent / "log"
+    pool = yaml.safe_load(file.read_text())
+    pool["models"][0] |= {"aliases": ["nick"], "priority": 3, "slo": {"ttft_ms": 1234}}
+    pool["server"]["max_n"] = 1
+    pool["scheduler"]["quantum"] = 3
+    file.write_text(yaml.safe_dump(pool))
+    wait_until(lambda: "quantum" in log.read_text(), timeout_s=20)
+    text = log.read_text()
+    assert "models[llama].aliases: () -> ('nick',)" in text
+    assert "scheduler.quantum: 2 -> 3: needs a restart of the server" in text
+    assert tokens_of(server, "nick") == tokens_of(server, "llama")
+    listed = httpx.get(f"{server.address}/v1/models").json()["data"]
+    assert [card["id"] for card in listed] == ["llama", "nick", "qwen3"]
+    refused = httpx.post(f"{server.address}{CHAT}", json=chat("nick", n=2))
+    assert refused.json()["error"]["code"] == "too_many_answers"
+    slo = {model["name"]: model["slo"] for model in server.admin("/admin/state")["models"]}
+    assert slo["llama"]["ttft_s"] == 1.234
+
+    file.write_text("models: []")
+    wait_until(lambda: "all stays as it was" in log.read_text(), timeout_s=20)
+    assert tokens_of(server, "nick")
+
+
 def test_when_the_instance_is_killed_requests_end_within_2_s_and_a_new_one_serves_the_same(server):
     before = {name: tokens_of(server, name) for name in NAMES}
     AdminClient(server.admin_socket).order("pin", "qwen3")
@@ -80,11 +106,12 @@ def test_when_the_instance_is_killed_requests_end_within_2_s_and_a_new_one_serve
     assert down.json()["error"]["code"] == "instance_restarting"
     refused = httpx.post(f"{server.address}{CHAT}", json=long)
     assert (refused.status_code, int(refused.headers["retry-after"]) > 0) == (503, True)
-    assert len(httpx.get(f"{server.address}/v1/models").json()["data"]) == 2
+    assert len(httpx.get(f"{server.address}/v1/models").json()["data"]) == 3
 
     wait_until(lambda: health(server).status_code == 200, timeout_s=120)
     assert not any(process.is_running() for process in family)
     assert {name: tokens_of(server, name) for name in NAMES} == before
+    assert tokens_of(server, "nick") == before["llama"]  # what was edited holds on
     pinned = {model["name"]: model["pinned"] for model in server.admin("/admin/state")["models"]}
     assert pinned == {"llama": False, "qwen3": True}
 

@@ -20,9 +20,11 @@ class ServedModel:
     """One model's OpenAI application.
 
     cards: its entries of `/v1/models`, one per served name.
+    rename: has the application answer to these aliases beside the name, and to no others.
     """
 
     name: str
     aliases: tuple[str, ...]
     app: AsgiApp
     cards: Callable[[], Awaitable[list[dict[str, Any]]]]
+    rename: Callable[[tuple[str, ...]], None] = lambda aliases: None

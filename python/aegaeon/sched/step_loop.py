@@ -118,6 +118,15 @@ class StepLoop:
             self._last = None
         return entry.engine
 
+    def configure(self, name: str, *, slo: Slo, priority: int) -> None:
+        """Change what is added to and asked of an engine's requests, the open ones included.
+
+        Only from the loop's thread, or while it is not running.
+        """
+        entry = self._entries.get(name)
+        if entry is not None:  # else it is out of service
+            entry.slo, entry.priority, entry.summed = slo, priority, None
+
     @property
     def engines(self) -> Iterable[Engine]:
         return (entry.engine for entry in self._entries.values())

@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from starlette.responses import JSONResponse, PlainTextResponse, Response
@@ -76,6 +76,9 @@ def route_of(path: str) -> str | None:
     return "/v1/models/{model}" if path.startswith("/v1/models/") else None
 
 
+Admit = Callable[[str, int, float | None], Awaitable[float]]
+
+
 @dataclass(frozen=True)
 class Limits:
     """What is refused before any work is done."""
@@ -103,7 +106,7 @@ class Router:
         limits: Limits,
         metrics: Callable[[], Awaitable[str]],
         states: Callable[[], Awaitable[Mapping[str, str]]],
-        admit: Callable[[str, int, float | None], Awaitable[float]] | None = None,
+        admit: Admit | None = None,
         api_keys: ApiKeys | None = None,
     ) -> None:
         self._models: tuple[ServedModel, ...] = ()
@@ -128,9 +131,7 @@ class Router:
                 await started.enter_async_context(_running(model.app))
             self._running = started.pop_all()
         self._models = tuple(models)
-        self._by_name = {
-            name: model for model in self._models for name in (model.name, *model.aliases)
-        }
+        self._name_models()
         self._open_by_model = dict.fromkeys((model.name for model in self._models), 0)
         self._down = self._stalled = None
 
@@ -153,6 +154,24 @@ class Router:
     def report_stalled(self, why: Unavailable | None) -> None:
         """Have `/health` say `why`; requests are still taken in. None: that is over."""
         self._stalled = why
+
+    def reconfigure(
+        self, *, limits: Limits, admit: Admit | None, aliases: Mapping[str, tuple[str, ...]]
+    ) -> None:
+        """Go by these from the next request on. aliases: model -> its names beside its own."""
+        self._limits = limits
+        self._admit = admit
+        self._models = tuple(
+            replace(model, aliases=aliases.get(model.name, model.aliases)) for model in self._models
+        )
+        for model in self._models:
+            model.rename(model.aliases)
+        self._name_models()
+
+    def _name_models(self) -> None:
+        self._by_name = {
+            name: model for model in self._models for name in (model.name, *model.aliases)
+        }
 
     def num_open(self, model: str | None = None) -> int:
         """How many requests the application of `model` is answering; None: those of all."""

@@ -10,7 +10,7 @@ from aegaeon.core.serving import ServedModel
 from aegaeon.core.threads import in_daemon_thread
 from aegaeon.vllm_plugin.engine_config import engine_config, serve_args
 from aegaeon.vllm_plugin.seams import apply_all
-from aegaeon.vllm_plugin.seams.openai_app import attach, openai_app, report_death
+from aegaeon.vllm_plugin.seams.openai_app import attach, openai_app, rename, report_death
 
 
 class Front:
@@ -43,6 +43,7 @@ class Front:
             aliases=model.aliases,
             app=app,
             cards=cards,
+            rename=lambda aliases: rename(app, (model.name, *aliases)),
         )
 
     def instance_died(self) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 import aegaeon_kernels as ak
 from aegaeon.core import logs
 from aegaeon.core.clock import MonotonicClock
-from aegaeon.core.config import ModelConfig
+from aegaeon.core.config import ModelConfig, Slo
 from aegaeon.core.control import Channel, InstanceSpec, answer, failed_answer
 from aegaeon.core.errors import AegaeonError, ConfigError, DeviceLost
 from aegaeon.sched.admission import Admission
@@ -144,6 +144,17 @@ class Instance:
             model, prompt_tokens=prompt_tokens, ttft_s=ttft_s, now=self.clock.now()
         )
 
+    def configure(self, models: Mapping[str, Any]) -> "Future[Any]":
+        """Have the step loop go by other objectives from now on: name -> `slo` and `priority`."""
+
+        def change() -> None:
+            for name, settings in models.items():
+                slo = Slo.model_validate(settings["slo"])
+                self._meters[name].slo = slo
+                self.loop.configure(name, slo=slo, priority=settings["priority"])
+
+        return self.loop.between_steps(change)
+
     def order(self, order: str, model: str) -> "Future[Any]":
         """Have the step loop carry out `order`; takes the model's description afterwards."""
         return self.loop.between_steps(lambda: describe(carry_out(self.switcher, order, model)))
@@ -202,6 +213,9 @@ def _serve_control(instance: Instance, control: Channel) -> None:
                 instance.loop.stop()
             elif question in ORDERS:
                 done = instance.order(question, **arguments)
+                done.add_done_callback(partial(_report, control, message["id"]))
+            elif question == "configure":
+                done = instance.configure(**arguments)
                 done.add_done_callback(partial(_report, control, message["id"]))
             else:
                 control.send(_answered(message["id"], answers[question], arguments))

@@ -1,13 +1,14 @@
 """vLLM's own OpenAI application for one model, attached to an engine core in another process."""
 
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -51,6 +52,13 @@ async def openai_app(client: AsyncLLM, namespace: Namespace) -> Any:
     return app
 
 
+def rename(app: Any, names: Sequence[str]) -> None:
+    """Have an application of `openai_app` answer to these names, and to no others."""
+    # In place: the parts of the application share the list.
+    served = app.state.openai_serving_models.base_model_paths
+    served[:] = [BaseModelPath(name=name, model_path=served[0].model_path) for name in names]
+
+
 SEAM = Seam(
     name="openai_app",
     tier=Tier.PRIVATE,
@@ -74,6 +82,14 @@ SEAM = Seam(
             "vllm.entrypoints.launchers.api_server.app_state",
             "init_app_state",
             ("engine_client", "state", "args", "supported_tasks"),
+        ),
+        Upstream(
+            "vllm.entrypoints.openai.models.protocol", "BaseModelPath", ("name", "model_path")
+        ),
+        Upstream(
+            "vllm.entrypoints.openai.models.serving",
+            "OpenAIModelRegistry.__init__",
+            ("model_config", "base_model_paths"),
         ),
         Upstream("vllm.v1.engine.core_client", "AsyncMPClient.outputs_queue"),
         Upstream("vllm.v1.engine.core_client", "BackgroundResources.engine_dead"),
