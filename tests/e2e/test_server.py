@@ -20,6 +20,7 @@ from e2e_support import (
     chat,
     children_of,
     gauge,
+    instance_of,
     leftovers,
     start,
     wait_until,
@@ -196,7 +197,9 @@ with httpx.Client() as client:
 """
 
 
-def test_a_killed_launcher_takes_the_instance_with_it(tiny_models, tmp_path, tmpdir_of_servers):
+def test_a_killed_launcher_takes_the_instance_with_it_also_one_that_stands_still(
+    tiny_models, tmp_path, tmpdir_of_servers
+):
     process = start(write_pool(tmp_path, tiny_models("llama")))
     assert process.stdout is not None
     address = process.stdout.readline().split()[-1].removesuffix("/v1")
@@ -205,6 +208,7 @@ def test_a_killed_launcher_takes_the_instance_with_it(tiny_models, tmp_path, tmp
         [sys.executable, "-c", ASK_FOR_METRICS, f"{address}/metrics"], stderr=subprocess.DEVNULL
     )
     time.sleep(1.0)
+    instance_of(process.pid).suspend()
     process.kill()
     process.wait()
     process.stdout.close()

@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 import yaml
-from e2e_support import CHAT, chat, children_of, instance_of, leftovers, wait_until, write_pool
+from e2e_support import CHAT, chat, children_of, instance_of, wait_until, write_pool
 
 from aegaeon.local_server import LocalServer, local_server
 from aegaeon.server.admin_client import AdminClient
@@ -148,21 +147,3 @@ def test_beyond_the_limit_of_restarts_the_server_ends_and_leaves_nothing(server)
     assert not server.admin_socket.exists()
     log = (server.admin_socket.parent / "log").read_text()
     assert "supervision.max_restarts: giving up" in log
-
-
-def test_a_stopped_instance_does_not_outlive_a_killed_server(
-    tiny_models, tmp_path, tmpdir_of_servers
-):
-    before = leftovers(tmpdir_of_servers)
-    pool = write_pool(tmp_path, tiny_models("llama"))
-    with local_server(pool, log=tmp_path / "log") as server:
-        children = children_of(server.process.pid)
-        instance_of(server.process.pid).suspend()
-        server.process.kill()
-        server.process.wait()
-        wait_until(lambda: not any(alive(child) for child in children))
-        wait_until(lambda: leftovers(tmpdir_of_servers) <= before)
-
-
-def alive(process: psutil.Process) -> bool:
-    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
