@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "aegaeon.sim": frozenset({CORE, SCHED, "aegaeon.switching.plan", "matplotlib", "pydantic"}),
     PLUGIN: frozenset(
         {CORE, SCHED, "aegaeon.sched.metrics", SWITCHING, "aegaeon.switching.plan", KERNELS}
-        | {"numpy", "packaging", "prometheus_client", "torch", "vllm"}
+        | {"msgspec", "numpy", "packaging", "prometheus_client", "torch", "vllm", "zmq"}
     ),
     "aegaeon.build_image": frozenset({CORE, KERNELS, "tqdm"}),
     "aegaeon.checkpoint": frozenset({CORE, KERNELS, "safetensors"}),
@@ -61,6 +61,7 @@ COMPOSITION = frozenset(
         "observers",
         "pool_check",
         "pool_reload",
+        "roster",
         "sim_cli",
         "stop_request",
         "supervisor",

@@ -1,4 +1,4 @@
-"""The command line: `aegaeon serve | ps | top | load | generate | demo | image` and more.
+"""The command line: `aegaeon serve | ps | top | load | add | generate | demo` and more.
 
 Parses, calls, prints. Whatever a command does is in the module it imports, and vLLM is imported
 only by commands that need it.
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+import yaml
 from rich.console import Console
 
 from aegaeon import sim_cli
@@ -180,6 +181,50 @@ def unpin(
 ) -> None:
     """Let a pinned model make room for others again."""
     _order("unpin", model, pool, socket, as_json)
+
+
+@app.command()
+def add(
+    model: Annotated[
+        str, typer.Argument(help="Checkpoint directory, or a model of the hub cache.")
+    ],
+    name: Annotated[str | None, typer.Option(help="Name to serve it by.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="As in the pool file: kv_memory=64MiB."),
+    ] = None,
+    pool: PoolOption = None,
+    socket: SocketOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Load one more model into a running server; the others wait meanwhile."""
+    path = Path(model).expanduser()
+    entry: dict[str, Any] = {"model": str(path.absolute()) if path.exists() else model}
+    if name is not None:
+        entry["name"] = name
+    for setting in settings or ():
+        key, given, value = setting.partition("=")
+        if not given:
+            raise ConfigError(f"--set {setting}: expected KEY=VALUE, as kv_memory=64MiB")
+        entry[key] = yaml.safe_load(value)
+    with Console(stderr=True).status(f"add {model}"):
+        done = _admin(pool, socket).add(entry)
+    print(json.dumps(done) if as_json else f"{done['name']}: {done['state']}")
+
+
+@app.command()
+def remove(
+    model: ServedName,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds that its open requests may take to end.")
+    ] = 30.0,
+    pool: PoolOption = None,
+    socket: SocketOption = None,
+) -> None:
+    """Remove a model from a running server when its open requests have ended."""
+    with Console(stderr=True).status(f"remove {model}"):
+        _admin(pool, socket).remove(model, timeout_s=timeout)
+    print(f"{model}: removed")
 
 
 @app.command()

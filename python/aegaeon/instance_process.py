@@ -51,13 +51,9 @@ class InstanceProcess:
         self.device = resolve_device(pool)
         self.device_kind = "host" if self.device == "host" else "cuda"
         self.models = {model.name: model for model in models}
-        self.addresses = {
-            model.name: {
-                "input_address": f"ipc://{socket_dir}/{index}.in",
-                "output_address": f"ipc://{socket_dir}/{index}.out",
-            }
-            for index, model in enumerate(models)
-        }
+        self._socket_dir = socket_dir
+        self._next_address = 0
+        self.addresses = {model.name: self.new_addresses() for model in models}
         ours, theirs = Pipe()
         self._process = _spawn_instance(theirs, self.device)
         theirs.close()
@@ -86,6 +82,14 @@ class InstanceProcess:
                 addresses=self.addresses,
             ).to_message()
         )
+
+    def new_addresses(self) -> dict[str, str]:
+        """Of the sockets of one more engine core."""
+        index, self._next_address = self._next_address, self._next_address + 1
+        return {
+            "input_address": f"ipc://{self._socket_dir}/{index}.in",
+            "output_address": f"ipc://{self._socket_dir}/{index}.out",
+        }
 
     def watch(self) -> None:
         """Start to take in the instance's messages, on the running event loop."""

@@ -24,6 +24,7 @@ from aegaeon.listeners import Server, allow_many_files, tcp_listener, unix_liste
 from aegaeon.observers import Observers
 from aegaeon.pool_check import check_pool
 from aegaeon.pool_reload import PoolReload, PoolSource
+from aegaeon.roster import Roster
 from aegaeon.server.admin import admin_app
 from aegaeon.server.admin_client import RUNTIME_DIR_PREFIX, SOCKET_NAME
 from aegaeon.server.app import Admit, Limits, Router
@@ -123,7 +124,8 @@ async def _run(
         await supervisor.bring_up(front, router)
         public = Server(uvicorn_config(observers.around(router)))
         closing = asyncio.Event()
-        routes = admin_app(supervisor.ask, metrics.snapshot, closing=closing)
+        roster = Roster(pool, supervisor, front, router, metrics)
+        routes = admin_app(supervisor.ask, metrics.snapshot, roster, closing=closing)
         admins = {Server(uvicorn_config(routes, http=OwnUserProtocol)): doors.admin}
         if doors.admin_port is not None and doors.admin_keys is not None:
             with_key = WithKey(routes, doors.admin_keys)

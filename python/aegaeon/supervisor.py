@@ -55,6 +55,26 @@ class Supervisor:
         self.instance = self._spawn()
 
     @property
+    def models(self) -> tuple[ModelConfig, ...]:
+        """What the instance hosts, and the next one will."""
+        return tuple(self._models.values())
+
+    def host(self, model: ModelConfig) -> None:
+        """From now on every new instance hosts `model`; the present one does already."""
+        self._models[model.name] = model
+
+    def unhost(self, name: str) -> None:
+        """No new instance hosts `name`."""
+        self._models.pop(name, None)
+        self._loaded.discard(name)
+
+    def ready_instance(self) -> InstanceProcess:
+        """The instance that serves now. Raises InstanceUnavailable while there is none."""
+        if not self._ready:
+            raise InstanceUnavailable("the instance is being started anew")
+        return self.instance
+
+    @property
     def device_kind(self) -> str:
         """host or cuda."""
         return self.instance.device_kind
@@ -111,9 +131,7 @@ class Supervisor:
 
         Raises InstanceUnavailable while there is none, else as InstanceProcess.ask.
         """
-        if not self._ready:
-            raise InstanceUnavailable("the instance is being started anew")
-        answer = await self.instance.ask(question, timeout_s=timeout_s, **arguments)
+        answer = await self.ready_instance().ask(question, timeout_s=timeout_s, **arguments)
         self._remember(question, arguments)
         return answer
 
@@ -122,13 +140,16 @@ class Supervisor:
 
         Raises as `ask` does; a pin that is refused is logged.
         """
+        models = [
+            model for model in new.models if model.name in self._models
+        ]  # others were removed
         settings = {
             model.name: {"slo": model.slo.model_dump(), "priority": model.priority}
-            for model in new.models
+            for model in models
         }
         await self.ask("configure", models=settings)
         before = {model.name: model.pin for model in old.models}
-        for model in new.models:
+        for model in models:
             known = self._models[model.name]
             self._models[model.name] = model.model_copy(update={"pin": known.pin})
             if model.pin == before[model.name]:

@@ -1,6 +1,7 @@
 """Orders and the admin application over a real switcher on the host driver."""
 
 import asyncio
+from collections.abc import Mapping
 from typing import Any
 
 import httpx
@@ -8,7 +9,14 @@ import pytest
 from switcher_support import KV, WEIGHTS, assert_every_live_block_is_somewhere, make_switcher
 
 from aegaeon.core.clock import MonotonicClock
-from aegaeon.core.errors import InstanceDied, OrderRefused
+from aegaeon.core.errors import (
+    AegaeonError,
+    CapacityError,
+    ConfigError,
+    InstanceDied,
+    ModelLoadError,
+    OrderRefused,
+)
 from aegaeon.server.admin import admin_app
 from aegaeon.switching.orders import ORDERS, carry_out
 from aegaeon.switching.snapshot import describe, records_of, state_of
@@ -101,3 +109,61 @@ def test_sleep_and_wake_up_are_those_of_vllm():
     slept = call(switcher, "POST", "/sleep?model=a&level=2").json()
     assert slept == {"status": "sleeping", "level": 2}
     assert call(switcher, "GET", "/is_sleeping?model=a").json() == {"is_sleeping": True}
+
+
+class Models:
+    """Notes what it is asked for."""
+
+    def __init__(self, refusal: AegaeonError | None = None) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.refusal = refusal
+
+    async def add(self, entry: Mapping[str, Any]) -> dict[str, Any]:
+        self.calls.append(("add", dict(entry)))
+        if self.refusal is not None:
+            raise self.refusal
+        return {"name": "x", "state": "resident"}
+
+    async def remove(self, name: str, *, timeout_s: float) -> None:
+        self.calls.append(("remove", name, timeout_s))
+
+
+def change(models: Models, method: str, path: str, **content: Any) -> httpx.Response:
+    async def ask(question: str, **arguments: Any) -> Any:
+        raise AssertionError("the instance is not asked")
+
+    async def run() -> httpx.Response:
+        app = admin_app(ask, models=models)
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://admin") as client:
+            return await client.request(method, path, **content)
+
+    return asyncio.run(run())
+
+
+def test_models_are_added_by_their_entry_and_removed_by_name():
+    models = Models()
+    done = change(models, "POST", "/admin/models", json={"model": "/x", "pin": True})
+    assert (done.status_code, done.json()) == (201, {"name": "x", "state": "resident"})
+    assert change(models, "DELETE", "/admin/models/org/x?timeout_s=2").status_code == 200
+    assert models.calls == [("add", {"model": "/x", "pin": True}), ("remove", "org/x", 2.0)]
+    for content in (b"{", b"[]", b'"x"'):
+        assert change(models, "POST", "/admin/models", content=content).status_code == 400
+    assert change(models, "DELETE", "/admin/models/x?timeout_s=-1").status_code == 400
+    assert len(models.calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("refusal", "status"),
+    [
+        (ConfigError("kv_memory: no"), 400),
+        (ModelLoadError("x", "no weights"), 400),
+        (CapacityError("no room", needed_bytes=2, available_bytes=1), 409),
+        (OrderRefused("the last"), 409),
+        (InstanceDied("host", -9), 503),
+    ],
+)
+def test_why_a_model_is_not_added_is_a_status_and_a_reason(refusal, status):
+    answer = change(Models(refusal), "POST", "/admin/models", json={})
+    assert answer.status_code == status
+    assert answer.json()["error"]["message"] == str(refusal)

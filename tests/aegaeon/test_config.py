@@ -18,6 +18,7 @@ from aegaeon.core.config import (
     load_pool,
     parse_bytes,
     parse_duration,
+    with_model,
 )
 from aegaeon.core.errors import ConfigError
 from aegaeon.core.units import parse_keep_alive
@@ -451,3 +452,25 @@ def test_a_child_environment_is_a_changed_copy(monkeypatch: pytest.MonkeyPatch) 
     assert child["AEGAEON_ENABLE"] == "1"
     assert "AEGAEON_LOG_LEVEL" not in child
     assert envs.log_level() == "ERROR"
+
+
+def test_a_model_that_is_added_inherits_the_defaults_and_is_checked_like_the_others(
+    write_pool, tmp_path
+):
+    pool = load_pool(
+        write_pool("defaults: {kv_memory: 64MiB, slo: {ttft_ms: 7}}\nmodels: [{model: ./a}]")
+    )
+    added = with_model(pool, {"model": str(tmp_path / "b"), "slo": {"tpot_ms": 3}})
+    assert [model.name for model in added.models] == ["a", "b"]
+    assert added.models[1].kv_memory == 64 << 20
+    assert (added.models[1].slo.ttft_ms, added.models[1].slo.tpot_ms) == (7, 3)
+    for entry, reason in (
+        ({"model": str(tmp_path / "b"), "name": "a"}, "'a' is already taken"),
+        ({"model": str(tmp_path / "none")}, "none"),
+        ({"model": "./b"}, "absolute path"),
+        ({"model": str(tmp_path / "b"), "kv_memory": "lots"}, "kv_memory: .*lots"),
+        ({"model": str(tmp_path / "b"), "nonsense": 1}, "nonsense"),
+        ({}, "model"),
+    ):
+        with pytest.raises(ConfigError, match=reason):
+            with_model(pool, entry)

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from aegaeon.core.errors import InstanceDied
+from aegaeon.core.errors import InstanceDied, OrderRefused, UnknownModel
 from aegaeon.core.serving import ServedModel
 from aegaeon.server.app import Limits, Router
 from aegaeon.server.auth import ApiKeys
@@ -467,3 +467,65 @@ def test_an_instance_that_does_not_answer_refuses_nobody():
         raise TimeoutError
 
     assert chat(make_router(admit=admit)).status_code == 200
+
+
+def test_a_model_is_served_once_added_and_its_name_is_unknown_once_removed():
+    events: list[str] = []
+
+    @asynccontextmanager
+    async def lifespan(app):
+        events.append("start")
+        yield
+        events.append("stop")
+
+    async def run() -> None:
+        router = make_bare_router()
+        await router.resume([served("a", "alias-a"), served("b")])
+        transport = httpx.ASGITransport(router)
+        async with httpx.AsyncClient(transport=transport, base_url="http://pool") as client:
+            await router.add(served("c", "alias-c", app=echo_app("c", lifespan)))
+            answer = await client.post(CHAT, json={"model": "alias-c"})
+            assert answer.json()["served_by"] == "c"
+            cards = (await client.get("/v1/models")).json()["data"]
+            assert [card["id"] for card in cards] == ["a", "alias-a", "b", "c", "alias-c"]
+            await router.remove("c", timeout_s=0.0)
+            assert events == ["start", "stop"]
+            assert (await client.post(CHAT, json={"model": "alias-c"})).status_code == 404
+            assert (await client.post(CHAT, json={"model": "a"})).status_code == 200
+            with pytest.raises(UnknownModel, match="a, alias-a, b"):
+                await router.remove("c", timeout_s=0.0)
+
+    asyncio.run(run())
+
+
+def test_a_model_with_open_requests_is_removed_after_them_or_stays():
+    async def run() -> None:
+        goes_on = asyncio.Event()
+
+        async def wait(request: Request) -> JSONResponse:
+            await goes_on.wait()
+            return JSONResponse({"served_by": "slow"})
+
+        app = Starlette(routes=[Route(CHAT, wait, methods=["POST"])])
+        router = make_bare_router()
+        await router.resume([served("a"), served("slow", app=app)])
+        transport = httpx.ASGITransport(router)
+        async with httpx.AsyncClient(transport=transport, base_url="http://pool") as client:
+            open_request = asyncio.create_task(client.post(CHAT, json={"model": "slow"}))
+            while not router.num_open("slow"):
+                await asyncio.sleep(0)
+            with pytest.raises(OrderRefused, match="1 open requests"):
+                await router.remove("slow", timeout_s=0.05)
+            assert [card["id"] for card in (await client.get("/v1/models")).json()["data"]] == [
+                "a", "slow",
+            ]  # fmt: skip
+            removed = asyncio.create_task(router.remove("slow", timeout_s=30.0))
+            while len((await client.get("/v1/models")).json()["data"]) == 2:
+                await asyncio.sleep(0)
+            assert (await client.post(CHAT, json={"model": "slow"})).status_code == 404
+            assert not removed.done()
+            goes_on.set()
+            assert (await open_request).json() == {"served_by": "slow"}
+            await removed
+
+    asyncio.run(run())

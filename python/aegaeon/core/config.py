@@ -59,6 +59,7 @@ __all__ = [
     "parse_bytes",
     "parse_duration",
     "validated",
+    "with_model",
 ]
 
 POLICIES = ("round-robin", "fcfs", "paper", "request-level", "slack")
@@ -388,6 +389,32 @@ def validated(source: YamlSource, settings: type[S]) -> S:
         raise ConfigError("\n".join(faults)) from None
 
 
+def with_model(pool: PoolConfig, entry: Mapping[str, Any]) -> PoolConfig:
+    """`pool` with one more model, the last; `entry` is as in the pool file, its paths absolute.
+
+    Raises ConfigError with every fault of the entry.
+    """
+    inherited = _inherit(dict(entry), pool.defaults.model_dump(mode="json", exclude_unset=True))
+    try:
+        model = ModelConfig.model_validate(inherited)
+        found = _find_checkpoint(model.model, Path("/"))
+        if found is None:
+            raise ConfigError(
+                f"model: got {model.model!r}; expected an absolute path of a directory with a "
+                f"checkpoint, or a model in the local hub cache ({envs.hub_cache_dir()})"
+            )
+        models = (*pool.models, model.model_copy(update={"model": found}))
+        # Names are compared among all models.
+        PoolConfig.model_validate({"models": models})
+    except ValidationError as error:
+        faults = [
+            f"{spell(_key_path(fault))}: {_what_is_wrong(fault, ModelConfig)}"
+            for fault in error.errors(include_url=False)
+        ]
+        raise ConfigError("\n".join(faults)) from None
+    return pool.model_copy(update={"models": models})
+
+
 def json_schema() -> dict[str, Any]:
     """The JSON schema of a pool file, for editors and `aegaeon config-schema`."""
     schema = PoolConfig.model_json_schema()
@@ -473,17 +500,24 @@ def _fault(message: str, *key_path: str | int) -> PydanticCustomError:
 
 
 def _describe(fault: ErrorDetails, source: YamlSource, root: type[BaseModel]) -> str:
-    key_path = (*fault["loc"], *fault.get("ctx", {}).get("key_path", ()))
+    key_path = _key_path(fault)
+    return f"{source.where(key_path)}: {spell(key_path)}: {_what_is_wrong(fault, root)}"
+
+
+def _key_path(fault: ErrorDetails) -> KeyPath:
+    return (*fault["loc"], *fault.get("ctx", {}).get("key_path", ()))
+
+
+def _what_is_wrong(fault: ErrorDetails, root: type[BaseModel]) -> str:
+    *parents, key = _key_path(fault)
     match fault["type"]:
         case "fault":
-            what = fault["msg"]
+            return fault["msg"]
         case "extra_forbidden":
-            what = f"unknown key; {_suggest(str(key_path[-1]), _valid_keys(key_path[:-1], root))}"
+            return f"unknown key; {_suggest(str(key), _valid_keys(tuple(parents), root))}"
         case "missing":
-            what = "the key is required and missing"
-        case _:
-            what = f"got {_show(fault['input'])}; {_accepted_form(fault)}"
-    return f"{source.where(key_path)}: {spell(key_path)}: {what}"
+            return "the key is required and missing"
+    return f"got {_show(fault['input'])}; {_accepted_form(fault)}"
 
 
 def _accepted_form(fault: ErrorDetails) -> str:

@@ -11,12 +11,13 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from aegaeon.core.config import ModelConfig
-from aegaeon.core.errors import AegaeonError, OrderRefused, UnknownModel
+from aegaeon.core.errors import AegaeonError, ConfigError, OrderRefused, UnknownModel
 
 # How errors that the other side tells apart are named on the channel.
 _ERRORS: Mapping[str, type[AegaeonError]] = {
     "unknown_model": UnknownModel,
     "refused": OrderRefused,
+    "config": ConfigError,
     "failed": AegaeonError,
 }
 

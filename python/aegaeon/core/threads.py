@@ -1,10 +1,11 @@
-"""Blocking calls beside an event loop, without making its end wait for them."""
+"""Blocking calls beside an event loop, and queues whose threads can be ended."""
 
 import asyncio
+import queue
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 _T = TypeVar("_T")
 
@@ -37,3 +38,40 @@ async def in_daemon_thread(function: Callable[[], _T]) -> _T:
 
     threading.Thread(target=run, name=getattr(function, "__name__", "call"), daemon=True).start()
     return await future
+
+
+class QueueClosed(Exception):
+    """The queue is closed. Ends the thread that works on it; see ClosableQueue."""
+
+
+class ClosableQueue(queue.Queue[Any]):
+    """A queue whose threads end: once closed, `put` and a `get` that finds it empty raise
+    QueueClosed.
+
+    wake: set after each item, for a reader that waits for more than this queue.
+    """
+
+    _END = object()
+
+    def __init__(self, wake: threading.Event | None = None) -> None:
+        super().__init__()
+        self._wake = wake
+        self._closed = False
+
+    def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
+        if self._closed:
+            raise QueueClosed
+        super().put(item, block, timeout)
+        if self._wake is not None:
+            self._wake.set()
+
+    def get(self, block: bool = True, timeout: float | None = None) -> Any:
+        item = super().get(block, timeout)
+        if item is self._END:
+            super().put(item)  # for whoever else reads
+            raise QueueClosed
+        return item
+
+    def close(self) -> None:
+        self._closed = True
+        super().put(self._END)

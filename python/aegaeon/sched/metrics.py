@@ -10,7 +10,7 @@ from aegaeon.sched.step_loop import StepLoop
 
 
 class LoopCollector(Collector):
-    """meters: by model, in the pool's order."""
+    """meters: by model, in the pool's order; another thread may add and remove some."""
 
     def __init__(self, loop: StepLoop, meters: Mapping[str, Meter]) -> None:
         self._loop = loop

@@ -4,7 +4,7 @@ address.
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -14,12 +14,20 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from aegaeon.core.errors import AegaeonError, OrderRefused, UnknownModel
+from aegaeon.core.errors import (
+    AegaeonError,
+    CapacityError,
+    ConfigError,
+    ModelLoadError,
+    OrderRefused,
+    UnknownModel,
+)
 from aegaeon.server.dashboard import dashboard
 from aegaeon.server.errors import error_response
 
 VERBS = ("load", "unload", "pin", "unpin")
 _INTERVAL_S = (0.1, 60.0)
+_DRAIN_S = (0.0, 3600.0)
 _PARTS = frozenset({"switches", "timeline"})
 
 
@@ -35,18 +43,41 @@ class Ask(Protocol):
     ) -> Any: ...
 
 
+class Models(Protocol):
+    """Which models the server has. Raises as Ask does, and ConfigError, CapacityError,
+    ModelLoadError for what is added.
+    """
+
+    async def add(self, entry: Mapping[str, Any]) -> dict[str, Any]:
+        """entry: as in the pool file, its paths absolute."""
+
+    async def remove(self, name: str, *, timeout_s: float) -> None: ...
+
+
+class _Fixed:
+    """Models that neither come nor go."""
+
+    async def add(self, entry: Mapping[str, Any]) -> dict[str, Any]:
+        raise OrderRefused("the models of this server cannot be changed")
+
+    async def remove(self, name: str, *, timeout_s: float) -> None:
+        raise OrderRefused("the models of this server cannot be changed")
+
+
 def admin_app(
     ask: Ask,
     front: Callable[[], dict[str, Any]] = dict,
+    models: Models | None = None,
     *,
     closing: asyncio.Event | None = None,
 ) -> Starlette:
     """Routes over the instance that `ask` reaches.
 
-    front: the front's own part of the state. closing: when it is set, streams of events end, which
-    else keep the server from its end.
+    front: the front's own part of the state. models: None: those there are stay.
+    closing: when it is set, streams of events end, which else keep the server from its end.
     """
     closing = closing or asyncio.Event()
+    changeable = models or _Fixed()
 
     async def full_state() -> dict[str, Any]:
         return {**await ask("state"), "front": front()}
@@ -84,6 +115,23 @@ def admin_app(
         name = request.path_params["name"]
         return JSONResponse(await ask(verb, timeout_s=None, model=name))
 
+    async def add(request: Request) -> Response:
+        """Load one more model, given as in the pool file, and serve it."""
+        try:
+            entry = await request.json()
+        except ValueError as error:
+            raise HTTPException(400, f"the body is not valid JSON: {error}") from None
+        if not isinstance(entry, dict):
+            raise HTTPException(400, "the body must be a JSON object: a model as in the pool file")
+        return JSONResponse(await changeable.add(entry), status_code=201)
+
+    async def remove(request: Request) -> Response:
+        """Stop serving a model when its open requests have ended, at most in `timeout_s`."""
+        name = request.path_params["name"]
+        timeout_s = _number(request, "timeout_s", 30.0, _DRAIN_S)
+        await changeable.remove(name, timeout_s=timeout_s)
+        return JSONResponse({"name": name, "removed": True})
+
     async def sleep(request: Request) -> Response:
         """vLLM's: here the model leaves the device; its next request brings it back."""
         level = request.query_params.get("level", "1")
@@ -117,6 +165,8 @@ def admin_app(
                 Route(f"/admin/models/{{name:path}}/{verb}", order, methods=["POST"])
                 for verb in VERBS
             ),
+            Route("/admin/models", add, methods=["POST"]),
+            Route("/admin/models/{name:path}", remove, methods=["DELETE"]),
             Route("/sleep", sleep, methods=["POST"]),
             Route("/wake_up", wake_up, methods=["POST"]),
             Route("/is_sleeping", is_sleeping, methods=["GET"]),
@@ -141,8 +191,10 @@ async def _model(request: Request, ask: Ask) -> str:
     return str(models[0]["name"])
 
 
-def _number(request: Request, name: str, default: float) -> float:
-    low, high = _INTERVAL_S
+def _number(
+    request: Request, name: str, default: float, limits: tuple[float, float] = _INTERVAL_S
+) -> float:
+    low, high = limits
     given = request.query_params.get(name, str(default))
     try:
         value = float(given)
@@ -222,7 +274,9 @@ async def _own_error(request: Request, error: Exception) -> Response:
         return error_response(
             404, str(error), type="not_found_error", code="model_not_found", param="model"
         )
-    if isinstance(error, OrderRefused):
+    if isinstance(error, ConfigError | ModelLoadError):
+        return error_response(400, str(error), code="invalid_model")
+    if isinstance(error, OrderRefused | CapacityError):
         return error_response(409, str(error), type="conflict_error", code="refused")
     return error_response(
         503, str(error), type="server_error", code="instance_down", retry_after_s=1

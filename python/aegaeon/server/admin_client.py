@@ -4,7 +4,7 @@ import json
 import os
 import socket
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -68,6 +68,15 @@ class AdminClient:
         """load, unload, pin or unpin; returns when it is done, however long it takes."""
         return self._ask("POST", f"/admin/models/{quote(model)}/{verb}", timeout_s=None)
 
+    def add(self, entry: Mapping[str, Any]) -> Any:
+        """Load one more model, as it would stand in the pool file; its description."""
+        return self._ask("POST", "/admin/models", timeout_s=None, body=dict(entry))
+
+    def remove(self, model: str, *, timeout_s: float) -> Any:
+        """Remove a model when its open requests have ended, at most in `timeout_s`."""
+        path = f"/admin/models/{quote(model)}?timeout_s={timeout_s:g}"
+        return self._ask("DELETE", path, timeout_s=None)
+
     async def events(
         self, *, interval_s: float = 1.0, parts: Sequence[str] = ("switches",)
     ) -> AsyncIterator[tuple[str, Any]]:
@@ -98,11 +107,11 @@ class AdminClient:
             raise self._unreachable(error) from error
         raise AdminError(f"the server at {self.path} has ended")
 
-    def _ask(self, method: str, path: str, *, timeout_s: float | None) -> Any:
+    def _ask(self, method: str, path: str, *, timeout_s: float | None, body: Any = None) -> Any:
         self._must_be_there()
         try:
             with self._client(timeout_s) as client:
-                response = client.request(method, path)
+                response = client.request(method, path, json=body)
         except httpx.HTTPError as error:
             raise self._unreachable(error) from error
         if response.is_error:

@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import re
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from typing import Any, NoReturn
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
-from aegaeon.core.errors import AegaeonError
+from aegaeon.core.errors import AegaeonError, OrderRefused, UnknownModel
 from aegaeon.core.serving import AsgiApp, ServedModel
 from aegaeon.server.auth import ApiKeys, unauthorized
 from aegaeon.server.errors import error_response
@@ -66,6 +67,7 @@ _PARSED_AT_ONCE_BYTES = 64 << 10
 # Of a name that does not exist; what a client sends is not sent back at any length.
 _SHOWN_NAME_CHARS = 128
 _STARTING = Unavailable("starting", "the models are being loaded", retry_after_s=5)
+_DRAIN_INTERVAL_S = 0.02
 _NO_ANSWER = Unavailable("instance_down", "the instance does not answer", retry_after_s=1)
 
 
@@ -113,7 +115,7 @@ class Router:
         self._by_name: dict[str, ServedModel] = {}
         self._down: Unavailable | None = _STARTING
         self._stalled: Unavailable | None = None
-        self._running = AsyncExitStack()
+        self._running: dict[str, AsyncExitStack] = {}
         self._open: set[OpenRequest] = set()
         self._limits = limits
         self._metrics = metrics
@@ -127,9 +129,13 @@ class Router:
     async def resume(self, models: Sequence[ServedModel]) -> None:
         """Serve `models`, in this order, from now on. Raises what the start of theirs does."""
         async with AsyncExitStack() as started:
+            running = {}
             for model in models:
-                await started.enter_async_context(_running(model.app))
-            self._running = started.pop_all()
+                running[model.name] = application = AsyncExitStack()
+                started.push_async_exit(application)
+                await application.enter_async_context(_running(model.app))
+            started.pop_all()
+        self._running = running
         self._models = tuple(models)
         self._name_models()
         self._open_by_model = dict.fromkeys((model.name for model in self._models), 0)
@@ -140,12 +146,43 @@ class Router:
         self._down = why
         for request in list(self._open):
             request.end(why)
-        running, self._running = self._running, AsyncExitStack()
-        try:
-            await running.aclose()
-        except Exception:
-            # They are not used any more, and those that come after them do not share anything.
-            logger.exception("an application failed to stop")
+        running, self._running = self._running, {}
+        for application in reversed(running.values()):
+            await _stop(application)
+
+    async def add(self, model: ServedModel) -> None:
+        """Serve one more model. Raises what the start of its application does."""
+        async with AsyncExitStack() as started:
+            await started.enter_async_context(_running(model.app))
+            self._running[model.name] = started.pop_all()
+        self._models = (*self._models, model)
+        self._open_by_model[model.name] = 0
+        self._name_models()
+
+    async def remove(self, name: str, *, timeout_s: float) -> None:
+        """Serve `name` no longer, as soon as its open requests have ended; new ones get a 404.
+
+        Raises UnknownModel, and OrderRefused after `timeout_s`: then it is served again.
+        """
+        model = next((model for model in self._models if model.name == name), None)
+        if model is None:
+            raise UnknownModel(self._unknown_message(name))
+        kept, num_open = self._models, self._open_by_model
+        self._models = tuple(other for other in kept if other is not model)
+        self._name_models()
+        ends_s = time.monotonic() + timeout_s
+        while num_open[name] and num_open is self._open_by_model:
+            if time.monotonic() >= ends_s:
+                self._models = (*self._models, model)
+                self._name_models()
+                raise OrderRefused(
+                    f"the model {name!r} still has {num_open[name]} open requests after "
+                    f"{timeout_s:g} s; it stays"
+                )
+            await asyncio.sleep(_DRAIN_INTERVAL_S)
+        if num_open is self._open_by_model:  # not of another instance, started meanwhile
+            del num_open[name]
+            await _stop(self._running.pop(name, AsyncExitStack()))
 
     def refuse(self, why: Unavailable) -> None:
         """Answer new requests with `why`; the open ones go on."""
@@ -262,6 +299,8 @@ class Router:
                 return refusal
             if self._down is not None:
                 return self._down.response()
+            if self._by_name.get(name) is not model:
+                return self._unknown(name)  # removed while we waited
             if wanted:
                 changed = with_objectives(request, wanted)
                 body = _dumped(changed) if at_once else await asyncio.to_thread(_dumped, changed)
@@ -354,12 +393,14 @@ class Router:
                 return JSONResponse(card)
         return self._unknown(name)
 
-    def _unknown(self, name: str) -> Response:
-        valid = ", ".join(self._by_name)
+    def _unknown_message(self, name: str) -> str:
         named = name if len(name) <= _SHOWN_NAME_CHARS else f"{name[:_SHOWN_NAME_CHARS]}..."
+        return f"the model {named!r} does not exist; this server has: {', '.join(self._by_name)}"
+
+    def _unknown(self, name: str) -> Response:
         return error_response(
             404,
-            f"the model {named!r} does not exist; this server has: {valid}",
+            self._unknown_message(name),
             type="not_found_error",
             code="model_not_found",
             param="model",
@@ -458,6 +499,14 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
         return pending.pop() if pending else await receive()
 
     return replay
+
+
+async def _stop(application: AsyncExitStack) -> None:
+    try:
+        await application.aclose()
+    except Exception:
+        # It is not used any more, and what comes after it shares nothing with it.
+        logger.exception("an application failed to stop")
 
 
 @asynccontextmanager

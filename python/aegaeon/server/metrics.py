@@ -34,18 +34,29 @@ class FrontMetrics:
             ("model_name", "reason"),
             registry=self._registry,
         )
-        open_requests = Gauge(
+        self._open = Gauge(
             "aegaeon_open_requests",
             "Requests that a model's application is answering.",
             ("model_name",),
             registry=self._registry,
         )
-        self._models = tuple(models)
+        self._models: list[str] = []
         self._num_open = num_open
         for name in models:
-            open_requests.labels(name).set_function(partial(num_open, name))
-            for reason in ("rate_limit_exceeded", "deadline_cannot_be_met"):
-                self._refused.labels(name, reason)
+            self.add(name)
+
+    def add(self, model: str) -> None:
+        """Report on one more model."""
+        self._models.append(model)
+        self._open.labels(model).set_function(partial(self._num_open, model))
+        for reason in ("rate_limit_exceeded", "deadline_cannot_be_met"):
+            self._refused.labels(model, reason)
+
+    def remove(self, model: str) -> None:
+        """Forget all about a model."""
+        self._models.remove(model)
+        for metric in (self._open, self._refused, self._answers):
+            metric.remove_by_labels({"model_name": model})
 
     def ended(self, exchange: Exchange) -> None:
         """An exchange is over."""

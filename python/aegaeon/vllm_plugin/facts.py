@@ -23,11 +23,15 @@ def instance_state(
     meters: Mapping[str, Meter],
     clock: Clock,
 ) -> dict[str, Any]:
-    """A snapshot for the admin interface. meters: of every model of the switcher."""
+    """A snapshot for the admin interface, of the models that have a meter: others are only coming,
+    or going.
+    """
     state = state_of(switcher, clock, loop.loads())
     usage = loop.usage.totals()
+    known = {name: attainment_of(meter) for name, meter in list(meters.items())}
+    state["models"] = [model for model in state["models"] if model["name"] in known]
     for model in state["models"]:
-        model["slo"] = attainment_of(meters[model["name"]])
+        model["slo"] = known[model["name"]]
         model["usage"] = asdict(usage.get(model["name"], ModelUsage()))
     state["switches"]["seconds"] = metrics.seconds()
     return {**state, "loop": asdict(loop.counters)}

@@ -51,6 +51,12 @@ class Front:
         for client in self._clients.values():
             report_death(client)
 
+    def leave(self, name: str) -> None:
+        """Let go of one engine core, which has no open requests."""
+        client = self._clients.pop(name, None)
+        if client is not None:
+            client.shutdown()
+
     def close(self) -> None:
         """Let go of the engine cores; the models of another instance may be served afterwards."""
         for client in self._clients.values():

@@ -6,6 +6,7 @@ when it is told to, at once when the launcher is gone, and when its device is lo
 """
 
 import ctypes
+import gc
 import logging
 import os
 import shutil
@@ -18,14 +19,20 @@ from contextlib import suppress
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import aegaeon_kernels as ak
 from aegaeon.core import logs
 from aegaeon.core.clock import MonotonicClock
 from aegaeon.core.config import ModelConfig, Slo
 from aegaeon.core.control import Channel, InstanceSpec, answer, failed_answer
-from aegaeon.core.errors import AegaeonError, ConfigError, DeviceLost
+from aegaeon.core.errors import (
+    AegaeonError,
+    ConfigError,
+    DeviceLost,
+    OrderRefused,
+    UnknownModel,
+)
 from aegaeon.sched.admission import Admission
 from aegaeon.sched.meter import Meter
 from aegaeon.sched.metrics import LoopCollector
@@ -36,6 +43,9 @@ from aegaeon.switching.metrics import SwitchMetrics
 from aegaeon.switching.orders import ORDERS, carry_out
 from aegaeon.switching.snapshot import describe, records_of
 from aegaeon.vllm_plugin.facts import instance_state, timeline
+
+if TYPE_CHECKING:
+    from aegaeon.vllm_plugin.seams.engine_core import HostedEngineCore
 
 logger = logging.getLogger(__name__)
 
@@ -75,30 +85,56 @@ class Instance:
             on_failure=self._look_at_the_device,
         )
         self.switcher.is_busy = self.loop.is_busy
-        self._meters = {model.name: Meter(model.slo) for model in spec.models}
+        self._cores: dict[str, HostedEngineCore] = {}
+        self._meters: dict[str, Meter] = {}
         self.metrics = SwitchMetrics(self.switcher, LoopCollector(self.loop, self._meters))
         self._admission = Admission(lambda: self.loop.seen)
 
-    def add_model(self, model: ModelConfig) -> None:
-        """Load one model; requests for it can then be taken in."""
+    def add_model(self, model: ModelConfig, addresses: Mapping[str, str]) -> None:
+        """Load one model; requests for it can then be taken in. On failure nothing is left of it.
+
+        addresses: `input_address` and `output_address` of its sockets.
+        Only from the loop's thread, or while the loop is not running.
+        """
         from aegaeon.vllm_plugin.engine_config import engine_config, serve_args
         from aegaeon.vllm_plugin.hosting import hosting
         from aegaeon.vllm_plugin.seams.engine_core import HostedEngineCore
 
         namespace = serve_args(model, device_kind=self._device.kind)
         config = engine_config(namespace, model=model.name, device_kind=self._device.kind)
-        meter = self._meters.setdefault(model.name, Meter(model.slo))
+        meter = Meter(model.slo)
         with hosting(self.switcher, model.name, pinned=model.pin, image_cache=self._image_cache):
             core = HostedEngineCore(
                 model.name,
                 config,
-                addresses=self._spec.addresses[model.name],
+                addresses=addresses,
                 switcher=self.switcher,
                 wake=self.loop.wake,
                 meter=meter,
                 clock=self.clock,
             )
+        self._cores[model.name] = core
+        self._meters[model.name] = meter
         self.loop.add(core, slo=model.slo, priority=model.priority)
+
+    def remove_model(self, name: str) -> None:
+        """Give back all that a model without open requests has. Its client is closed already.
+
+        Only from the loop's thread. Raises UnknownModel, OrderRefused, and what the device raises:
+        then the model is out of service, and can be removed again.
+        """
+        core = self._cores.get(name)
+        if core is None:
+            raise UnknownModel(f"the model {name!r} does not exist")
+        core.poll()
+        if core.load().num_unfinished:
+            raise OrderRefused(f"the model {name!r} has open requests")
+        with suppress(KeyError):  # given up before
+            self.loop.remove(name)
+        self.switcher.abandon(name)
+        self.switcher.remove_model(name)
+        core.close()
+        del self._cores[name], self._meters[name]
 
     def _look_at_the_device(self, model: str, error: BaseException) -> None:
         """After a model has failed: whether anything can be run here any more.
@@ -159,6 +195,40 @@ class Instance:
         """Have the step loop carry out `order`; takes the model's description afterwards."""
         return self.loop.between_steps(lambda: describe(carry_out(self.switcher, order, model)))
 
+    def order_to_add(self, model: Mapping[str, Any], addresses: Mapping[str, str]) -> "Future[Any]":
+        """Have the step loop load one more model; takes its description afterwards.
+
+        model: as in the pool file, complete. The others wait meanwhile.
+        """
+
+        def add() -> Any:
+            config = ModelConfig.model_validate(model)
+            if config.name in self._cores:
+                raise OrderRefused(f"a model {config.name!r} is hosted already")
+            try:
+                self.add_model(config, addresses)
+            except ConfigError:
+                raise
+            except Exception as error:
+                # The boundary of a load, as at the start.
+                logger.debug(f"model {config.name} cannot be loaded", exc_info=True)
+                reason = str(error) or repr(error)
+                raise OrderRefused(f"{config.name!r} cannot be loaded: {reason}") from error
+            finally:
+                gc.collect()  # vLLM's objects refer to each other
+            return describe(self.switcher.models[config.name])
+
+        return self.loop.between_steps(add)
+
+    def order_to_remove(self, model: str) -> "Future[Any]":
+        """Have the step loop remove a model."""
+
+        def remove() -> None:
+            self.remove_model(model)
+            gc.collect()
+
+        return self.loop.between_steps(remove)
+
 
 def run(spec: InstanceSpec, control: Channel) -> int:
     """Load the pool, report each model, then step until told to stop. Returns the exit status."""
@@ -171,7 +241,7 @@ def run(spec: InstanceSpec, control: Channel) -> int:
     ).start()
     for model in spec.models:
         try:
-            instance.add_model(model)
+            instance.add_model(model, spec.addresses[model.name])
         except Exception as error:
             # The boundary of a load: whatever vLLM raises is reported to the launcher as it is.
             logger.debug(f"model {model.name} cannot be loaded", exc_info=True)
@@ -206,13 +276,18 @@ def _serve_control(instance: Instance, control: Channel) -> None:
         "metrics": instance.metrics.exposition,
         "admit": instance.admit,
     }
+    orders: dict[str, Callable[..., Future[Any]]] = {
+        **{order: partial(instance.order, order) for order in ORDERS},
+        "add": instance.order_to_add,
+        "remove": instance.order_to_remove,
+    }
     try:
         while (message := control.receive()) is not None:
             question, arguments = message["ask"], message.get("with", {})
             if question == "stop":
                 instance.loop.stop()
-            elif question in ORDERS:
-                done = instance.order(question, **arguments)
+            elif question in orders:
+                done = orders[question](**arguments)
                 done.add_done_callback(partial(_report, control, message["id"]))
             elif question == "configure":
                 done = instance.configure(**arguments)

@@ -4,13 +4,15 @@ vLLM's sockets and their threads, its scheduler and its request handling are use
 the handshake (our sockets are agreed on beforehand), the busy loop and the shutdown are replaced.
 """
 
-import queue
+import logging
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
+import msgspec
+import zmq
 from vllm.config import VllmConfig
 from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequestType, UtilityOutput
 from vllm.v1.engine.core import EngineCoreProc
@@ -22,12 +24,16 @@ from aegaeon.core.clock import Clock
 from aegaeon.core.engine import EngineLoad, EngineRequest
 from aegaeon.core.errors import AegaeonError
 from aegaeon.core.slo import objective_ms
+from aegaeon.core.threads import ClosableQueue, QueueClosed
 from aegaeon.sched.meter import Meter
 from aegaeon.switching.residency import KVUnit
 from aegaeon.switching.switcher import Switcher
 from aegaeon.vllm_plugin.seam import Seam, Tier, Upstream
 from aegaeon.vllm_plugin.seams.kv_blocks import EngineBlocks
 
+logger = logging.getLogger(__name__)
+
+_CLOSE_TIMEOUT_MS = 5000
 # Control calls that touch no device memory; any other makes the model resident first.
 _CALLS_WITHOUT_DEVICE = frozenset(
     {"get_supported_tasks", "reset_prefix_cache", "is_sleeping", "is_scheduler_paused"}
@@ -62,8 +68,11 @@ class HostedEngineCore(EngineCoreProc):
         self._clock = clock
         self._wake = wake
         self._switcher = switcher
+        # A second client, of our own, has one message to send: that the core is closed.
+        self._close_address = addresses["input_address"] + ".close"
         self._agreed_addresses = EngineZmqAddresses(
-            inputs=[addresses["input_address"]], outputs=[addresses["output_address"]]
+            inputs=[addresses["input_address"], self._close_address],
+            outputs=[addresses["output_address"]],
         )
         super().__init__(
             vllm_config, True, "", Executor.get_class(vllm_config), True, engine_index=0
@@ -96,15 +105,53 @@ class HostedEngineCore(EngineCoreProc):
         self._switcher.abandon(self._name)
         self._send_engine_dead()
 
+    def close(self) -> None:
+        """End the socket threads, which keep the core and with it the model. It has no requests and
+        is not stepped any more. Its client hears nothing of it, and is closed afterwards.
+        """
+        self._output_queue.close()
+        self._input_queue.close()
+        with suppress(zmq.Again), zmq.Context() as context:
+            socket = context.socket(zmq.ROUTER)
+            with socket:
+                socket.setsockopt(zmq.RCVTIMEO, _CLOSE_TIMEOUT_MS)
+                socket.bind(self._close_address)
+                identity, _ = socket.recv_multipart()  # its greeting, as it sends to each client
+                socket.send_multipart(
+                    [identity, EngineCoreRequestType.ABORT.value, msgspec.msgpack.encode([])]
+                )
+        for thread in (self._input_thread, self.output_thread):
+            thread.join(timeout=_CLOSE_TIMEOUT_MS / 1e3)
+            if thread.is_alive():
+                logger.warning("a socket thread of the model %s does not end", self._name)
+        self.shutdown()
+
     # -- what is replaced of EngineCoreProc ------------------------------------------------
 
     @property
-    def input_queue(self) -> "queue.Queue[Any]":
+    def input_queue(self) -> ClosableQueue:
         return self._input_queue
 
     @input_queue.setter
-    def input_queue(self, _created: "queue.Queue[Any]") -> None:
-        self._input_queue: queue.Queue[Any] = _WakingQueue(self._wake)
+    def input_queue(self, _created: object) -> None:
+        self._input_queue = ClosableQueue(self._wake)
+
+    @property
+    def output_queue(self) -> ClosableQueue:
+        return self._output_queue
+
+    @output_queue.setter
+    def output_queue(self, _created: object) -> None:
+        self._output_queue = ClosableQueue()
+
+    def process_input_sockets(self, *args: Any, **kwargs: Any) -> None:
+        self._input_thread = threading.current_thread()
+        with suppress(QueueClosed):
+            super().process_input_sockets(*args, **kwargs)
+
+    def process_output_sockets(self, *args: Any, **kwargs: Any) -> None:
+        with suppress(QueueClosed):
+            super().process_output_sockets(*args, **kwargs)
 
     @contextmanager
     def _perform_handshakes(self, *args: Any, **kwargs: Any) -> Iterator[EngineZmqAddresses]:
@@ -163,18 +210,6 @@ class HostedEngineCore(EngineCoreProc):
         self.scheduler.shutdown()
 
 
-class _WakingQueue(queue.Queue[Any]):
-    """A queue that wakes the step loop; vLLM's socket threads put into it."""
-
-    def __init__(self, wake: threading.Event) -> None:
-        super().__init__()
-        self._wake = wake
-
-    def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
-        super().put(item, block, timeout)
-        self._wake.set()
-
-
 def engine_load(scheduler: Any) -> EngineLoad:
     """Requests that the scheduler would run; none of those that a pause holds back."""
     unfinished = scheduler.get_num_unfinished_requests()
@@ -231,8 +266,9 @@ SEAM = Seam(
     name="engine_core",
     tier=Tier.PRIVATE,
     why="several engine cores must share one process and one device, stepped one at a time",
-    how="a subclass of EngineCoreProc without busy loop, with agreed socket addresses, a queue "
-    "that wakes our loop, and a shutdown that spares what the cores share",
+    how="a subclass of EngineCoreProc without busy loop, with agreed socket addresses, queues that "
+    "wake our loop and end their threads when closed, and a shutdown that spares what the cores "
+    "share",
     upstream_link="https://github.com/vllm-project/vllm/issues/299",
     remove_when="vLLM hosts several engine cores in one process",
     relies_on=(
@@ -265,6 +301,11 @@ SEAM = Seam(
         Upstream("vllm.v1.engine", "FinishReason.__str__", ("self",)),
         Upstream("vllm.v1.engine.core", "EngineCoreProc.has_work"),
         Upstream("vllm.v1.engine.core", "EngineCoreProc.input_queue"),
+        Upstream("vllm.v1.engine.core", "EngineCoreProc.output_queue"),
+        Upstream("vllm.v1.engine.core", "EngineCoreProc.output_thread"),
+        Upstream("vllm.v1.engine.core", "EngineCoreProc.process_input_sockets"),
+        Upstream("vllm.v1.engine.core", "EngineCoreProc.process_output_sockets"),
+        Upstream("vllm.v1.engine", "EngineCoreRequestType.ABORT"),
         Upstream("vllm.v1.engine.core", "EngineCoreProc.process_input_queue_block"),
         Upstream("vllm.v1.engine.core", "EngineCore.shutdown"),
         Upstream("vllm.v1.core.sched.scheduler", "Scheduler.get_request_counts"),
