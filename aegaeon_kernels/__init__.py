@@ -32,6 +32,7 @@ from aegaeon_kernels.host_image import HostImage
 from aegaeon_kernels.host_memory import HostMemory, HostPool, HostPoolStats
 from aegaeon_kernels.image_layout import ImageLayout
 from aegaeon_kernels.kv_layout import KVLayout
+from aegaeon_kernels.kv_mover import BlockMover, PathRule
 from aegaeon_kernels.prefetch import Prefetcher, PrefetchStats, Ticket, TicketState
 from aegaeon_kernels.safetensors_file import Checkpoint
 from aegaeon_kernels.shared_region import SharedHandles, SharedRegion
@@ -41,6 +42,7 @@ __all__ = [
     "AliasSet",
     "Arena",
     "ArenaStats",
+    "BlockMover",
     "Checkpoint",
     "Device",
     "DriverError",
@@ -57,6 +59,7 @@ __all__ = [
     "LifecycleError",
     "MapStep",
     "OutOfMemory",
+    "PathRule",
     "PrefetchStats",
     "Prefetcher",
     "Region",

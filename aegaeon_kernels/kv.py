@@ -61,6 +61,7 @@ def pack(
     out: torch.Tensor,
     layout: Layouts,
     *,
+    slots: BlockIds | None = None,
     check_ids: bool = True,
     max_ctas: int | None = None,
     num_threads: int | None = None,
@@ -76,6 +77,7 @@ def pack(
                `len(block_ids) * bytes_per_block(layout)` bytes are written. Packed block i holds
                the pages of block `block_ids[i]` in ascending order of their offset.
     layout:    the layout, or all layouts of this cache.
+    slots:     where in the buffer, counted in packed blocks; distinct. None: 0, 1, 2, ...
     check_ids: False skips the checks of the ids, for those that come from a block pool or a planner
                that keeps them valid: a wrong id then reads, or overwrites, any memory.
     max_ctas:  CUDA: most programs at a time, so that other kernels run beside: 4 to 8 keep up with
@@ -92,12 +94,13 @@ def pack(
     pages = _pages_of(layout)
     anchor, parts = _parts_of(cache, pages)
     ids = _checked_ids("block_ids", block_ids, pages, anchor, check_ids, distinct=False)
-    _require_buffer("out", out, anchor, parts, len(ids) * pages.bytes_per_block)
+    places, num_slots = _checked_slots(slots, ids, anchor, check_ids, distinct=True)
+    _require_buffer("out", out, anchor, parts, num_slots * pages.bytes_per_block)
     _copy(
         plane_tables(pages, parts, Operation.PACK),
         anchor,
         out,
-        _moves(ids, _positions(ids)),
+        _moves(ids, places),
         max_ctas,
         num_threads,
         backend,
@@ -111,6 +114,7 @@ def unpack(
     block_ids: BlockIds,
     layout: Layouts,
     *,
+    slots: BlockIds | None = None,
     check_ids: bool = True,
     max_ctas: int | None = None,
     num_threads: int | None = None,
@@ -118,17 +122,18 @@ def unpack(
 ) -> int:
     """Copy packed blocks into a cache: packed block i to block `block_ids[i]`; the inverse of pack.
 
-    block_ids: distinct. Everything else as for `pack`.
+    block_ids: distinct. slots: repeats allowed. Everything else as for `pack`.
     """
     pages = _pages_of(layout)
     anchor, parts = _parts_of(cache, pages)
     ids = _checked_ids("block_ids", block_ids, pages, anchor, check_ids, distinct=True)
-    _require_buffer("buf", buf, anchor, parts, len(ids) * pages.bytes_per_block)
+    places, num_slots = _checked_slots(slots, ids, anchor, check_ids, distinct=False)
+    _require_buffer("buf", buf, anchor, parts, num_slots * pages.bytes_per_block)
     _copy(
         plane_tables(pages, parts, Operation.UNPACK),
         buf,
         anchor,
-        _moves(_positions(ids), ids),
+        _moves(places, ids),
         max_ctas,
         num_threads,
         backend,
@@ -256,10 +261,24 @@ def _require_buffer(
             raise ValueError(f"{name} overlaps the cache: a packed buffer is memory of its own")
 
 
+def _checked_slots(
+    slots: BlockIds | None, ids: _Ids, anchor: torch.Tensor, check: bool, *, distinct: bool
+) -> tuple[_Ids, int]:
+    """Slots, and how many a buffer must have; of slots that are not checked, those of the ids."""
+    if slots is None:
+        return _positions(ids), len(ids)
+    places = _checked_ids("slots", slots, None, anchor, check, distinct=distinct)
+    if len(places) != len(ids):
+        raise ValueError(f"{len(places)} slots for {len(ids)} block_ids")
+    if not check or not len(places):
+        return places, len(ids)
+    return places, int(np.asarray(places).max()) + 1
+
+
 def _checked_ids(
     name: str,
     ids: BlockIds,
-    pages: BlockPages,
+    pages: BlockPages | None,
     anchor: torch.Tensor,
     check: bool,
     *,
@@ -284,13 +303,16 @@ def _checked_ids(
     array = array.astype(np.int64, copy=False)
     if check and array.size:
         ascending = np.sort(array)
-        if ascending[0] < 0 or ascending[-1] >= pages.num_blocks:
+        what = "slot" if pages is None else "block"
+        if pages is None and ascending[0] < 0:
+            raise ValueError(f"{name} {ascending[0]}..{ascending[-1]} are negative")
+        if pages is not None and (ascending[0] < 0 or ascending[-1] >= pages.num_blocks):
             raise ValueError(
                 f"{name} {ascending[0]}..{ascending[-1]} are outside a cache of "
                 f"{pages.num_blocks} blocks"
             )
         if distinct and (repeats := ascending[1:][ascending[1:] == ascending[:-1]]).size:
-            raise ValueError(f"{name} names block {repeats[0]} twice: a block has one content")
+            raise ValueError(f"{name} names {what} {repeats[0]} twice: a {what} has one content")
     return array
 
 

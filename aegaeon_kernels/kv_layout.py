@@ -203,7 +203,9 @@ def _overlap(a: npt.NDArray[np.int64], b: npt.NDArray[np.int64]) -> ValueError:
 
 
 def packed_copies(
-    layouts: tuple[KVLayout, ...], block_ids: Sequence[int], slots: Sequence[int]
+    layouts: tuple[KVLayout, ...],
+    block_ids: Sequence[int] | npt.NDArray[np.int64],
+    slots: Sequence[int] | npt.NDArray[np.int64],
 ) -> npt.NDArray[np.int64]:
     """The copies between blocks of a cache and slots of a packed buffer, as few as possible.
 
