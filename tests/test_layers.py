@@ -36,11 +36,14 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "aegaeon.sim": frozenset({CORE, SCHED, "aegaeon.switching.plan", "matplotlib", "pydantic"}),
     PLUGIN: frozenset(
         {CORE, SCHED, "aegaeon.sched.metrics", SWITCHING, "aegaeon.switching.plan", KERNELS}
-        | {"msgspec", "numpy", "packaging", "prometheus_client", "torch", "vllm", "zmq"}
+        | {"PIL", "msgspec", "numpy", "packaging", "prometheus_client", "torch", "vllm", "zmq"}
     ),
     "aegaeon.build_image": frozenset({CORE, KERNELS, "tqdm"}),
     "aegaeon.checkpoint": frozenset({CORE, KERNELS, "safetensors"}),
-    "aegaeon.tiny_model": frozenset({"tokenizers", "torch", "transformers"}),
+    "aegaeon.tiny_model": frozenset(
+        {"aegaeon.tiny_special", "tokenizers", "torch", "transformers"}
+    ),
+    "aegaeon.tiny_special": frozenset({"safetensors", "torch", "transformers"}),
 }
 # The modules that put the parts together: they may import every layer and each other.
 COMPOSITION = frozenset(

@@ -281,13 +281,26 @@ def tiny_model(
         str, typer.Option(help="tiny, small, or a published shape such as 1b")
     ] = "tiny",
     seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
+    quantize: Annotated[str | None, typer.Option(help="int4: 4-bit weights")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite")] = False,
 ) -> None:
     """Write a checkpoint with random weights, a real tokenizer and a chat template."""
     from aegaeon.tiny_model import write_tiny_model
 
-    path = write_tiny_model(arch, out, size=size, seed=seed, overwrite=overwrite)
+    path = write_tiny_model(arch, out, size=size, seed=seed, quantize=quantize, overwrite=overwrite)
     print(path)
+
+
+@app.command("tiny-adapter")
+def tiny_adapter(
+    model: Annotated[Path, typer.Argument(help="The checkpoint that it adapts.")],
+    out: Annotated[Path, typer.Argument(help="The directory to write it to.")],
+    seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
+) -> None:
+    """Write a random LoRA adapter of a checkpoint, in PEFT's format."""
+    from aegaeon.tiny_special import write_tiny_adapter
+
+    print(write_tiny_adapter(model, out, seed=seed))
 
 
 @app.command()

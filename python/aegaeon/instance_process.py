@@ -1,6 +1,7 @@
 """The instance as its launcher sees it: a process that is started, asked, watched and ended."""
 
 import asyncio
+import logging
 import os
 import queue
 import signal
@@ -27,6 +28,8 @@ from aegaeon.core.errors import (
 from aegaeon.pool_check import resolve_device, resolve_device_memory, resolve_host_kv_memory
 
 _T = TypeVar("_T")
+
+logger = logging.getLogger(__name__)
 
 STOP_GRACE_S = 2.0
 ANSWER_TIMEOUT_S = 5.0
@@ -66,6 +69,8 @@ class InstanceProcess:
         self._loaded: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
         self._died = asyncio.Event()
         self._failure: AegaeonError | None = None
+        # Models out of service, and why.
+        self.failures: dict[str, str] = {}
         self._outgoing.put(
             InstanceSpec(
                 # The process sees the one GPU that it uses, and so do vLLM and the arena in it.
@@ -123,6 +128,9 @@ class InstanceProcess:
             case {"event": "load_failed"}:
                 # Kept aside: the start may be waiting for an earlier model, not for this message.
                 self._failure = _load_error(message)
+            case {"event": "failed", "model": name, "message": reason}:
+                self.failures[name] = reason
+                logger.error("model %s is out of service: %s", name, reason)
             case {"event": "device_lost", "message": reason}:
                 self._failure = DeviceLost(str(reason))
             case {"answer": number}:

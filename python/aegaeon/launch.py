@@ -107,7 +107,9 @@ async def _run(
     first = supervisor.instance
     first.watch()
     # vLLM's imports take seconds; the instance does its own at the same time.
-    front = await first.unless_it_dies(in_daemon_thread(lambda: _make_front(first.device_kind)))
+    front = await first.unless_it_dies(
+        in_daemon_thread(lambda: _make_front(pool, first.device_kind))
+    )
     router, metrics = _router(pool, supervisor, doors.api_keys)
     observers = Observers(pool.observability, metrics, supervisor.ask)
 
@@ -161,10 +163,10 @@ async def _run(
         front.close()
 
 
-def _make_front(device_kind: str) -> "Front":
+def _make_front(pool: PoolConfig, device_kind: str) -> "Front":
     from aegaeon.vllm_plugin.front import Front
 
-    return Front(device_kind)
+    return Front(device_kind, [name for model in pool.models for name in model.names])
 
 
 def _router(
@@ -183,6 +185,7 @@ def _router(
         metrics=metrics,
         states=states,
         admit=_admit(pool, supervisor),
+        failures=lambda: supervisor.instance.failures,
         api_keys=api_keys,
     )
     front = FrontMetrics([model.name for model in pool.models], router.num_open)

@@ -89,6 +89,7 @@ class Roster:
 
     async def _withdraw(self, instance: InstanceProcess, name: str) -> None:
         self._front.leave(name)
+        instance.failures.pop(name, None)  # the name is free
         for _ in range(_ABORT_TRIES):
             try:
                 await instance.ask("remove", timeout_s=None, model=name)

@@ -16,6 +16,7 @@ from aegaeon.core.errors import (
     RestartsExhausted,
     UnknownModel,
 )
+from aegaeon.core.serving import unserved
 from aegaeon.core.threads import in_daemon_thread
 from aegaeon.instance_process import ANSWER_TIMEOUT_S, InstanceProcess
 from aegaeon.server.app import Router
@@ -85,13 +86,14 @@ class Supervisor:
         The instance is watched already. Raises what has kept the instance from it.
         """
         began, instance = time.monotonic(), self.instance
-        served = []
+        # A model that cannot be loaded keeps its place, without an application.
+        served = {name: unserved(name, model.aliases) for name, model in instance.models.items()}
         while (name := await instance.next_loaded()) is not None:
             serving = front.serve(instance.models[name], instance.addresses[name])
-            served.append(await instance.unless_it_dies(serving))
+            served[name] = await instance.unless_it_dies(serving)
             logger.info("model %s is ready", name)
         await self._load_again()
-        await router.resume(served)
+        await router.resume(list(served.values()))
         self._ready = True
         self._start_s = time.monotonic() - began
 

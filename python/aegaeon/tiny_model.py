@@ -5,6 +5,9 @@ byte-level BPE tokenizer that was really trained, and the chat format of its fam
 scaled so that what the model says depends on what it read: attention is peaked, no layer drowns the
 others, and the output rows are of unequal length, so that two tokens seldom tie in 16 bits. Imports
 torch and transformers when called, not before.
+
+What is no plain text generator (an embedding model, one that sees images, 4-bit weights, a LoRA
+adapter) is in `tiny_special`.
 """
 
 from __future__ import annotations
@@ -17,11 +20,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aegaeon import tiny_special
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 DTYPES = ("bfloat16", "float16", "float32")
+QUANTIZATIONS = ("int4",)
 
 
 @dataclass(frozen=True)
@@ -121,12 +127,16 @@ PHI3 = ChatFormat(
 
 @dataclass(frozen=True)
 class Architecture:
-    """A family: its configuration class, its chat format, and what is particular about it."""
+    """A family: its configuration class, its chat format, and what is particular about it.
+
+    task: generate, embed (one vector per text) or see (text about an image).
+    """
 
     config_class: str
     chat: ChatFormat
     options: Callable[[Shape], Mapping[str, Any]] = lambda shape: {}
     shapes: Mapping[str, Shape] = field(default_factory=dict)
+    task: str = "generate"
 
 
 def _llama_shape(hidden: int, intermediate: int, layers: int, *, tied: bool) -> Shape:
@@ -143,7 +153,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             "8b": _llama_shape(4096, 14336, 32, tied=False),  # Llama 3.1 8B
         },
     ),
+    "smollm": Architecture("LlamaConfig", CHATML, lambda shape: {"tie_word_embeddings": True}),
     "mistral": Architecture("MistralConfig", MISTRAL, lambda shape: {"sliding_window": None}),
+    "mistral_window": Architecture("MistralConfig", MISTRAL, lambda shape: {"sliding_window": 64}),
     "qwen2": Architecture("Qwen2Config", CHATML),
     "qwen3": Architecture(
         "Qwen3Config",
@@ -183,6 +195,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         PHI3,
         lambda shape: {"original_max_position_embeddings": shape.max_position_embeddings},
     ),
+    "bert": Architecture("BertConfig", CHATML, task="embed"),
+    "blip2": Architecture("Blip2Config", LLAMA3, task="see"),
 }
 
 
@@ -193,6 +207,7 @@ def write_tiny_model(
     seed: int = 0,
     size: str = "tiny",
     dtype: str = "bfloat16",
+    quantize: str | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write a random checkpoint to `out_dir` and return its path.
@@ -201,9 +216,11 @@ def write_tiny_model(
     size:  'tiny' (5 to 10 MiB of weights in 16 bits) or 'small' (64 to 100 MiB); for some
            families also '1b' and '8b', the dimensions of a published model, vocabulary included.
     dtype: one of DTYPES.
+    quantize: one of QUANTIZATIONS: the linear layers' weights in that format; of text generators.
 
     The same arguments give the same weights on the same version of torch. Raises ValueError for an
-    unknown architecture, size or dtype, and for an `out_dir` that is not empty unless `overwrite`.
+    unknown architecture, size, dtype or format, and for an `out_dir` that is not empty unless
+    `overwrite`.
     """
     name = arch.replace("-", "_")
     if name not in ARCHITECTURES:
@@ -214,6 +231,11 @@ def write_tiny_model(
         raise ValueError(f"unknown size {size!r} of {name}; expected one of: {_list(shapes)}")
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; expected one of: {_list(DTYPES)}")
+    if quantize is not None and (quantize not in QUANTIZATIONS or architecture.task != "generate"):
+        raise ValueError(
+            f"unknown format {quantize!r} of {name}; expected one of: {_list(QUANTIZATIONS)}, "
+            f"of a model that generates text"
+        )
     path = Path(out_dir)
     if path.exists() and (not path.is_dir() or any(path.iterdir())) and not overwrite:
         raise ValueError(f"{path} is not an empty directory; choose another or ask to overwrite")
@@ -222,10 +244,14 @@ def write_tiny_model(
     for stale in path.glob("*.safetensors*"):
         stale.unlink()
     tokenizer = _train_tokenizer(architecture.chat, shapes[size].vocab_size)
+    if architecture.task == "see":
+        tiny_special.processor(tokenizer).save_pretrained(path)
     tokenizer.save_pretrained(path)
     model = _build_model(architecture, shapes[size], tokenizer, dtype=dtype, seed=seed)
     with _without_progress_bar():
         model.save_pretrained(path)
+    if quantize == "int4":
+        tiny_special.quantize_int4(path)
     return path
 
 
@@ -264,9 +290,15 @@ def _build_model(
     options["bos_token_id"] = tokenizer.bos_token_id
     options["eos_token_id"] = tokenizer.eos_token_id
     options["pad_token_id"] = tokenizer.eos_token_id
+    make: Any = transformers.AutoModelForCausalLM
+    if architecture.task == "embed":
+        make = transformers.AutoModel
+    elif architecture.task == "see":
+        make = transformers.AutoModelForImageTextToText
+        options = tiny_special.seeing_options(options, tokenizer)
     config = getattr(transformers, architecture.config_class)(**options)
     with torch.random.fork_rng(devices=[]):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        model = make.from_config(config, dtype=getattr(torch, dtype))
     generator = torch.Generator().manual_seed(seed)
     _fill(model, generator, num_special_tokens=len(architecture.chat.special_tokens))
     end_of_turn = tokenizer.convert_tokens_to_ids(architecture.chat.end_of_turn)
@@ -289,7 +321,8 @@ def _fill(model: PreTrainedModel, generator: torch.Generator, *, num_special_tok
                 if kind in ("q_norm", "k_norm"):
                     parameter.add_(0.8)
                 continue
-            parameter.normal_(0.0, _std(kind, model, parameter.shape[-1]), generator=generator)
+            fan_in = parameter[0].numel() if parameter.dim() == 4 else parameter.shape[-1]
+            parameter.normal_(0.0, _std(kind, model, fan_in), generator=generator)
             if kind == "lm_head":
                 spread = torch.empty(parameter.shape[0], 1).normal_(0.0, 0.4, generator=generator)
                 spread[:num_special_tokens] = math.log(0.3)  # answers seldom end by themselves
@@ -300,8 +333,8 @@ def _std(kind: str, model: PreTrainedModel, fan_in: int) -> float:
     unit = 1 / math.sqrt(fan_in)  # a unit-variance input gives a unit-variance output
     if kind == "embed_tokens":
         # Gemma multiplies embeddings by sqrt(hidden_size); a tied output layer must stay moderate.
-        scaled = model.config.model_type.startswith("gemma")
-        return unit if scaled or model.config.tie_word_embeddings else 1.0
+        text = model.config.get_text_config()
+        return unit if text.model_type.startswith("gemma") or text.tie_word_embeddings else 1.0
     return {"lm_head": 3.0, "q_proj": 1.8, "k_proj": 1.8, "qkv_proj": 1.5}.get(kind, 1.0) * unit
 
 

@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from aegaeon.core.errors import InstanceDied, OrderRefused, UnknownModel
-from aegaeon.core.serving import ServedModel
+from aegaeon.core.serving import ServedModel, unserved
 from aegaeon.server.app import Limits, Router
 from aegaeon.server.auth import ApiKeys
 from aegaeon.server.open_requests import Unavailable
@@ -78,6 +78,32 @@ def call(router: Router, method: str, path: str, **kwargs: Any) -> httpx.Respons
             return await client.request(method, path, **kwargs)
 
     return asyncio.run(run())
+
+
+def test_a_model_out_of_service_is_a_503_and_the_others_are_served():
+    failures: dict[str, str] = {}
+    router = make_router(failures=lambda: failures)
+    assert call(router, "POST", CHAT, json={"model": "a"}).status_code == 200
+    failures["a"] = "RuntimeError: no such file: /models/a/secret"
+    for name in ("a", "alias-a"):
+        response = call(router, "POST", CHAT, json={"model": name})
+        assert response.status_code == 503
+        error = error_of(response)
+        assert error["code"] == "model_out_of_service"
+        assert f"{name!r} is out of service (RuntimeError)" in error["message"]
+        assert "secret" not in error["message"]
+    assert call(router, "POST", CHAT, json={"model": "b"}).json()["served_by"] == "b"
+    listed = call(router, "GET", "/v1/models").json()["data"]
+    states = {card["id"]: card["state"] for card in listed}
+    assert states == {"a": "failed", "alias-a": "failed", "b": "host"}
+
+
+def test_a_model_that_was_never_loaded_is_listed_and_answered_for():
+    models = unserved("a", ("alias-a",)), served("b")
+    router = make_router(*models, failures=lambda: {"a": "OSError: x"})
+    listed = call(router, "GET", "/v1/models").json()["data"]
+    assert [card["id"] for card in listed] == ["a", "alias-a", "b"]
+    assert call(router, "POST", CHAT, json={"model": "alias-a"}).status_code == 503
 
 
 @pytest.mark.parametrize(("name", "by"), [("a", "a"), ("b", "b"), ("alias-a", "a")])

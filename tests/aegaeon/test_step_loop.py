@@ -142,6 +142,16 @@ def test_an_engine_that_raises_ends_alone():
     assert loop.counters.failed_models == 1
 
 
+def test_a_model_that_is_given_up_is_reported_with_its_error():
+    journal: list[str] = []
+    broken = CountingEngine("a", 3, journal, raises_at=2)
+    loop, _ = make_loop(2, broken, CountingEngine("b", 3, journal))
+    reported: list[tuple[str, str]] = []
+    loop.on_failure = lambda name, error: reported.append((name, str(error)))
+    loop.run_until_idle()
+    assert reported == [("a", "the model broke")]
+
+
 def test_an_engine_whose_poll_raises_ends_alone():
     journal: list[str] = []
     broken = CountingEngine("a", 3, journal, poll_raises=True)

@@ -294,9 +294,8 @@ def test_a_damaged_safetensors_file_is_refused_by_name(damage, tiny_models, tmp_
         ({"max_num_seq": 4}, 2, "unrecognized arguments: --max-num-seq"),
         ({"tensor_parallel_size": 2}, 2, "several devices are not hosted yet"),
         ({"speculative_config.method": "ngram"}, 2, "expected the plain name of an option"),
-        ({"block_size": 1 << 20}, 1, "damaged' cannot be loaded"),
     ],
-    ids=["unknown", "abbreviated", "refused", "dotted", "impossible"],
+    ids=["unknown", "abbreviated", "refused", "dotted"],
 )
 def test_a_model_that_vllm_refuses_is_named_also_when_it_is_not_the_first(
     option, status, says, tiny_models, tmp_path
@@ -310,6 +309,38 @@ def test_a_model_that_vllm_refuses_is_named_also_when_it_is_not_the_first(
     assert done.returncode == status, done.stderr[-3000:]
     assert "damaged" in done.stderr
     assert says in done.stderr
+
+
+def test_a_model_that_cannot_be_loaded_is_out_of_service_and_the_others_are_served(
+    tiny_models, tmp_path
+):
+    pool = yaml.safe_load(write_pool(tmp_path, tiny_models("llama", "qwen3")).read_text())
+    pool["models"][0].update(name="damaged", vllm={"block_size": 1 << 20})
+    file = tmp_path / "damaged.yaml"
+    file.write_text(yaml.safe_dump(pool))
+    with local_server(file, log=tmp_path / "log") as running:
+        refused = httpx.post(f"{running.address}{CHAT}", json=chat("damaged"), timeout=30)
+        served = httpx.post(
+            f"{running.address}{CHAT}", json=chat("qwen3", max_tokens=2), timeout=60
+        )
+        listed = httpx.get(f"{running.address}/v1/models").json()["data"]
+        failures = running.admin("/admin/state")["failures"]
+    assert refused.status_code == 503
+    assert refused.json()["error"]["code"] == "model_out_of_service"
+    assert served.status_code == 200
+    assert {card["id"]: card["state"] for card in listed}["damaged"] == "failed"
+    assert list(failures) == ["damaged"]
+    assert "damaged is out of service" in (tmp_path / "log").read_text()
+
+
+def test_a_pool_of_which_no_model_can_be_loaded_is_refused(tiny_models, tmp_path):
+    pool = yaml.safe_load(write_pool(tmp_path, tiny_models("llama")).read_text())
+    pool["models"][0].update(name="damaged", vllm={"block_size": 1 << 20})
+    file = tmp_path / "damaged.yaml"
+    file.write_text(yaml.safe_dump(pool))
+    done = serve_to_the_end(file)
+    assert done.returncode == 1
+    assert "damaged' cannot be loaded" in done.stderr
 
 
 def test_the_admin_socket_of_a_killed_server_is_taken_over_and_that_of_a_running_one_is_not(

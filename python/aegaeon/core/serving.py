@@ -28,3 +28,21 @@ class ServedModel:
     app: AsgiApp
     cards: Callable[[], Awaitable[list[dict[str, Any]]]]
     rename: Callable[[tuple[str, ...]], None] = lambda aliases: None
+
+
+def unserved(name: str, aliases: tuple[str, ...]) -> ServedModel:
+    """A model of the pool that has no application, because it could not be loaded.
+
+    It is listed under its names; the router answers for it.
+    """
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        raise AssertionError(f"the router answers for {name!r}, which has failed")
+
+    async def cards() -> list[dict[str, Any]]:
+        return [
+            {"id": each, "object": "model", "owned_by": "aegaeon", "root": name}
+            for each in (name, *aliases)
+        ]
+
+    return ServedModel(name=name, aliases=aliases, app=app, cards=cards)

@@ -98,6 +98,7 @@ class Router:
 
     metrics: the exposition text of `/metrics`.
     states: the state of each model, by name.
+    failures: models out of service, and why.
     admit: (model, about how many prompt tokens, TTFT in ms or None for the model's) -> 0.0, or in
     how many seconds a request may be tried again. None: all are let in.
     """
@@ -109,6 +110,7 @@ class Router:
         metrics: Callable[[], Awaitable[str]],
         states: Callable[[], Awaitable[Mapping[str, str]]],
         admit: Admit | None = None,
+        failures: Callable[[], Mapping[str, str]] = dict,
         api_keys: ApiKeys | None = None,
     ) -> None:
         self._models: tuple[ServedModel, ...] = ()
@@ -121,6 +123,7 @@ class Router:
         self._metrics = metrics
         self._states = states
         self._admit = admit
+        self._failures = failures
         self._api_keys = api_keys
         self._open_by_model: dict[str, int] = {}
 
@@ -267,6 +270,8 @@ class Router:
         if model is None:
             return self._unknown(name)
         note_model(scope, model.name)
+        if (reason := self._failures().get(model.name)) is not None:
+            return _out_of_service(name, reason)
         num_open = self._open_by_model  # of these models: after a restart there are others
         if num_open[model.name] >= self._limits.max_open_requests:
             return error_response(
@@ -381,6 +386,7 @@ class Router:
             states = await self._states()
         except (AegaeonError, TimeoutError):
             states = {}  # the models are still those of the pool; their state is what nobody knows
+        states = {**states, **dict.fromkeys(self._failures(), "failed")}
         return [
             {**card, "state": states.get(model.name, "unknown")}
             for model in self._models
@@ -405,6 +411,18 @@ class Router:
             code="model_not_found",
             param="model",
         )
+
+
+def _out_of_service(name: str, reason: str) -> Response:
+    """The reason itself names files and addresses: it is in the log, and on the admin listener."""
+    kind = reason.partition(":")[0]
+    return error_response(
+        503,
+        f"the model {name!r} is out of service ({kind}); the others are served",
+        type="server_error",
+        code="model_out_of_service",
+        param="model",
+    )
 
 
 def _parsed(body: bytes) -> Mapping[str, Any] | Response:

@@ -25,13 +25,11 @@ REFUSED_OPTIONS: Mapping[str, str] = {
     "pipeline_parallel_size": "models on several devices are not hosted yet",
     "data_parallel_size": "replicas of one model are not hosted yet",
     "speculative_config": "speculative decoding is not switched yet",
-    "enable_lora": "LoRA adapters are not switched yet",
     "kv_transfer_config": "KV connectors are one per process and cannot be switched",
     "enable_sleep_mode": "the arena replaces vLLM's sleep mode",
     "load_format": "weights come from safetensors files only",
     "kv_offloading_size": "KV connectors are one per process and cannot be switched",
     "ec_transfer_config": "encoder connectors are one per process and cannot be switched",
-    "lora_modules": "LoRA adapters are not switched yet",
     "cpu_offload_gb": "the arena decides where weights are",
     "config": "a pool file names every option itself",
     "middleware": "no code from outside is loaded",
@@ -75,8 +73,9 @@ def serve_args(model: ModelConfig, *, device_kind: str) -> Namespace:
                 f"model {model.name!r}: vllm.{key}: expected the plain name of an option; parts of "
                 f"one are given as a mapping"
             )
-        if option in REFUSED_OPTIONS:
-            raise ConfigError(f"model {model.name!r}: vllm.{key}: {REFUSED_OPTIONS[option]}")
+        reason = REFUSED_OPTIONS.get(option) or _refusal(option, value, device_kind)
+        if reason is not None:
+            raise ConfigError(f"model {model.name!r}: vllm.{key}: {reason}")
         options[option] = value
     parser = make_arg_parser(_RaisingParser(model.name))
     namespace = parser.parse_args(
@@ -84,6 +83,14 @@ def serve_args(model: ModelConfig, *, device_kind: str) -> Namespace:
     )
     validate_parsed_serve_args(namespace)
     return namespace
+
+
+def _refusal(option: str, value: Any, device_kind: str) -> str | None:
+    """Why an option cannot have this value, or not on this kind of device."""
+    if option in ("enable_lora", "lora_modules") and value and device_kind != "host":
+        # Their slots are outside the arena, where a GPU's memory would not be accounted for.
+        return "LoRA adapters are not switched on this device yet"
+    return None
 
 
 def engine_config(namespace: Namespace, *, model: str, device_kind: str) -> VllmConfig:
@@ -127,7 +134,11 @@ def _as_flags(options: Mapping[str, Any]) -> list[str]:
             case dict():
                 flags += [flag, json.dumps(value)]
             case list() | tuple():
-                flags += [flag, *(str(item) for item in value)]
+                flags += [flag, *(_as_text(item) for item in value)]
             case _:
                 flags += [flag, str(value)]
     return flags
+
+
+def _as_text(item: Any) -> str:
+    return json.dumps(item) if isinstance(item, Mapping) else str(item)

@@ -1,11 +1,13 @@
 """The front's half of vLLM: one OpenAI application and one engine client per model."""
 
-from collections.abc import Mapping
+from argparse import Namespace
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from aegaeon.core.config import ModelConfig
+from aegaeon.core.errors import ConfigError
 from aegaeon.core.serving import ServedModel
 from aegaeon.core.threads import in_daemon_thread
 from aegaeon.vllm_plugin.engine_config import engine_config, serve_args
@@ -14,16 +16,21 @@ from aegaeon.vllm_plugin.seams.openai_app import attach, openai_app, rename, rep
 
 
 class Front:
-    """Clients of the engine cores of one instance, and the applications over them."""
+    """Clients of the engine cores of one instance, and the applications over them.
 
-    def __init__(self, device_kind: str) -> None:
+    names: of all models, which no adapter may have.
+    """
+
+    def __init__(self, device_kind: str, names: Iterable[str]) -> None:
         apply_all()
         self._device_kind = device_kind
+        self._owners = {name: name for name in names}
         self._clients: dict[str, AsyncLLM] = {}
 
     async def serve(self, model: ModelConfig, addresses: Mapping[str, str]) -> ServedModel:
         """Attach to the engine core of `model`, once it is loaded, and build its application."""
         namespace = serve_args(model, device_kind=self._device_kind)
+        adapters = self._adapters_of(model, namespace)
         # Reads files, and inspects the model in a process of its own: not on the event loop.
         config = await in_daemon_thread(
             lambda: engine_config(namespace, model=model.name, device_kind=self._device_kind)
@@ -40,11 +47,22 @@ class Front:
 
         return ServedModel(
             name=model.name,
-            aliases=model.aliases,
+            aliases=(*model.aliases, *adapters),
             app=app,
             cards=cards,
             rename=lambda aliases: rename(app, (model.name, *aliases)),
         )
+
+    def _adapters_of(self, model: ModelConfig, namespace: Namespace) -> list[str]:
+        """Names of its LoRA adapters, under which the model is served too."""
+        names = [adapter.name for adapter in namespace.lora_modules or ()]
+        for name in names:
+            # Of a later instance the adapters are the same again.
+            if self._owners.setdefault(name, model.name) != model.name or name in model.names:
+                raise ConfigError(
+                    f"model {model.name!r}: vllm.lora_modules: the name {name!r} is taken"
+                )
+        return names
 
     def instance_died(self) -> None:
         """End the open requests of all models with an error."""

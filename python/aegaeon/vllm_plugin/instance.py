@@ -82,13 +82,16 @@ class Instance:
             residency=self.switcher,
             clock=clock,
             recoverable=(AegaeonError, ak.Error),
-            on_failure=self._look_at_the_device,
+            on_failure=self._gave_up,
         )
         self.switcher.is_busy = self.loop.is_busy
         self._cores: dict[str, HostedEngineCore] = {}
         self._meters: dict[str, Meter] = {}
         self.metrics = SwitchMetrics(self.switcher, LoopCollector(self.loop, self._meters))
         self._admission = Admission(lambda: self.loop.seen)
+        self.failures: dict[str, str] = {}
+        # Called with a model that is out of service, and why.
+        self.report: Callable[[str, str], None] = lambda model, reason: None
 
     def add_model(self, model: ModelConfig, addresses: Mapping[str, str]) -> None:
         """Load one model; requests for it can then be taken in. On failure nothing is left of it.
@@ -135,6 +138,16 @@ class Instance:
         self.switcher.remove_model(name)
         core.close()
         del self._cores[name], self._meters[name]
+        self.failures.pop(name, None)
+
+    def quarantine(self, model: str, error: BaseException) -> None:
+        """Count `model` as out of service for good. The others go on."""
+        self.failures[model] = reason = f"{type(error).__name__}: {error}"
+        self.report(model, reason)
+
+    def _gave_up(self, model: str, error: BaseException) -> None:
+        self.quarantine(model, error)
+        self._look_at_the_device(model, error)
 
     def _look_at_the_device(self, model: str, error: BaseException) -> None:
         """After a model has failed: whether anything can be run here any more.
@@ -157,7 +170,10 @@ class Instance:
 
     def state(self) -> dict[str, Any]:
         """A snapshot for the admin interface; callable from any thread."""
-        return instance_state(self.switcher, self.loop, self.metrics, self._meters, self.clock)
+        return {
+            **instance_state(self.switcher, self.loop, self.metrics, self._meters, self.clock),
+            "failures": dict(self.failures),
+        }
 
     def timeline(self, since: int = 0) -> dict[str, Any]:
         """Who had the device lately, from slice `since` on; callable from any thread."""
@@ -239,18 +255,21 @@ def run(spec: InstanceSpec, control: Channel) -> int:
     threading.Thread(
         target=_serve_control, args=(instance, control), name="control", daemon=True
     ).start()
+    instance.report = partial(_report_failure, control)
     for model in spec.models:
         try:
             instance.add_model(model, spec.addresses[model.name])
         except Exception as error:
-            # The boundary of a load: whatever vLLM raises is reported to the launcher as it is.
+            # The boundary of a load: what vLLM raises ends this model's service, not the pool's.
             logger.debug(f"model {model.name} cannot be loaded", exc_info=True)
-            kind = "config" if isinstance(error, ConfigError) else "load"
+            if not isinstance(error, ConfigError) and len(instance.failures) + 1 < len(spec.models):
+                instance.quarantine(model.name, error)
+                continue
             control.send(
                 {
                     "event": "load_failed",
                     "model": model.name,
-                    "kind": kind,
+                    "kind": "config" if isinstance(error, ConfigError) else "load",
                     "own": isinstance(error, AegaeonError | ak.Error),
                     "message": f"{error}" or repr(error),
                 }
@@ -264,6 +283,11 @@ def run(spec: InstanceSpec, control: Channel) -> int:
         control.send({"event": "device_lost", "message": str(error)})
         return 1
     return 0
+
+
+def _report_failure(control: Channel, model: str, reason: str) -> None:
+    with suppress(OSError):  # the launcher is gone: the control thread ends the process
+        control.send({"event": "failed", "model": model, "message": reason})
 
 
 def _serve_control(instance: Instance, control: Channel) -> None:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from vllm import RequestOutput, SamplingParams
+from vllm import RequestOutput
 from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.executor import Executor
 
@@ -21,9 +21,11 @@ from aegaeon.core.errors import AegaeonError, OrderRefused
 from aegaeon.sched.scheduler import Policy
 from aegaeon.sched.step_loop import StepLoop
 from aegaeon.switching.image_cache import ImageCache
+from aegaeon.switching.switcher import Switcher
 from aegaeon.vllm_plugin.device_memory import make_switcher
 from aegaeon.vllm_plugin.engine_config import engine_config, serve_args
 from aegaeon.vllm_plugin.hosting import hosting
+from aegaeon.vllm_plugin.request_form import adapter_of, params_of, prompt_of
 from aegaeon.vllm_plugin.seams import apply_all
 from aegaeon.vllm_plugin.seams.engine_core import engine_load, engine_requests, keep_books
 
@@ -33,18 +35,23 @@ DEFAULT_HOST_KV_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class Prompt:
-    """One request: a text or token ids for `model`; `sampling`: fields of vLLM's SamplingParams."""
+    """One request: a text or token ids for `model`; `sampling`: fields of vLLM's SamplingParams, or
+    None: a vector is asked for. image: the file of one. adapter: the directory of a LoRA adapter.
+    """
 
     model: str
     prompt: str | Sequence[int]
-    sampling: Mapping[str, Any]
+    sampling: Mapping[str, Any] | None
+    image: str | None = None
+    adapter: str | None = None
 
 
 class OfflineEngine:
     """An in-process vLLM engine that implements `aegaeon.core.engine.Engine`."""
 
-    def __init__(self, name: str, engine: LLMEngine) -> None:
+    def __init__(self, name: str, engine: LLMEngine, switcher: Switcher) -> None:
         self._name = name
+        self._switcher = switcher
         self.engine = engine
         self.finished: dict[str, RequestOutput] = {}
         self.error: BaseException | None = None
@@ -78,6 +85,7 @@ class OfflineEngine:
         return bool(outputs)
 
     def fail(self, error: BaseException) -> None:
+        self._switcher.abandon(self._name)
         self.error = error
 
 
@@ -132,7 +140,7 @@ class OfflinePool:
                 log_stats=False,
                 multiprocess_mode=False,
             )
-        hosted = OfflineEngine(model.name, engine)
+        hosted = OfflineEngine(model.name, engine, self.switcher)
         keep_books(self.switcher, model.name, hosted.core)
         self.engines[model.name] = hosted
         self.loop.add(hosted, slo=model.slo, priority=model.priority)
@@ -172,11 +180,10 @@ class OfflinePool:
         engine = self._engine(prompt.model)
         request_id = f"{prompt.model}-{self._next_id}"
         self._next_id += 1
-        text: Any = prompt.prompt
-        if not isinstance(text, str):
-            text = {"prompt_token_ids": list(text)}
-        sampling = SamplingParams(**prompt.sampling)
-        engine.engine.add_request(request_id, text, sampling)
+        request = vars(prompt)
+        engine.engine.add_request(
+            request_id, prompt_of(request), params_of(request), lora_request=adapter_of(request)
+        )
         return request_id
 
     def _engine(self, name: str) -> OfflineEngine:

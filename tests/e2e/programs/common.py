@@ -31,7 +31,8 @@ def make_pool(job: dict[str, Any], device: ak.Device | None = None) -> OfflinePo
     """A pool with all models of the job loaded.
 
     Job: `device_memory` (bytes), `quantum`, `policy`, `models`: name -> checkpoint, `kv_memory`,
-    `max_model_len`, `vllm` (engine options of every model), `image_cache` (a directory).
+    `max_model_len`, `vllm` (engine options of every model), `vllm_of` (more, by name of the model),
+    `image_cache` (a directory).
     """
     pool = OfflinePool(
         device or ak.Device("host", memory_bytes=job["device_memory"]),
@@ -50,14 +51,14 @@ def model_config(job: dict[str, Any], name: str, path: str) -> ModelConfig:
         name=name,
         kv_memory=job["kv_memory"],
         max_model_len=job["max_model_len"],
-        vllm=job.get("vllm", {}),
+        vllm={**job.get("vllm", {}), **job.get("vllm_of", {}).get(name, {})},
     )
 
 
 def prompts_of(job: dict[str, Any]) -> list[Prompt]:
-    """The job's `requests`: model name -> list of {prompt, sampling}; models interleaved."""
+    """The job's `requests`: model name -> list of requests; models interleaved."""
     return [
-        Prompt(model=name, prompt=request["prompt"], sampling=request["sampling"])
+        Prompt(model=name, **{"sampling": None, **request})
         for name, requests in job["requests"].items()
         for request in requests
     ]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from vllm.lora.layers.base import BaseLayerWithLoRA
 
 import aegaeon_kernels as ak
 from aegaeon.vllm_plugin.seam import Seam, Tier, Upstream
@@ -31,10 +32,13 @@ def module_tensors(root: torch.nn.Module) -> Iterator[torch.Tensor]:
     """Every tensor that the module tree holds: parameters, buffers, plain attributes.
 
     Also looks into lists, tuples and dictionaries of tensors. KV caches, which the attention
-    layers hold too, are not weights and are left out.
+    layers hold too, are not weights and are left out; and so are the slots of LoRA adapters, which
+    are written to whenever an adapter comes or goes, where the host image of weights never changes.
     """
     seen: set[int] = set()
     for module in root.modules():
+        if isinstance(module, BaseLayerWithLoRA):
+            continue  # of its own it has the slots; the layer that it adapts is a module below
         values = [*module._parameters.values(), *module._buffers.values()]
         for name, value in module.__dict__.items():
             if name in ("_parameters", "_buffers", "_modules", "kv_cache"):
@@ -144,6 +148,7 @@ SEAM = Seam(
     remove_when="vLLM's memory pool hook serves several models of one process",
     relies_on=(
         Upstream("vllm.v1.worker.gpu_worker", "Worker.load_model", ("load_dummy_weights",)),
+        Upstream("vllm.lora.layers.base", "BaseLayerWithLoRA"),
         Upstream("vllm.v1.worker.cpu_worker", "CPUWorker"),
         Upstream("vllm.v1.worker.cpu_model_runner", "CPUModelRunner.get_model"),
     ),
