@@ -19,6 +19,7 @@ from prometheus_client import REGISTRY, generate_latest
 
 from aegaeon.core import envs
 from aegaeon.core.config import PoolConfig
+from aegaeon.core.errors import AegaeonError
 from aegaeon.core.threads import in_daemon_thread
 from aegaeon.listeners import Server, allow_many_files, tcp_listener, unix_listener, uvicorn_config
 from aegaeon.observers import Observers
@@ -173,7 +174,10 @@ def _router(
     pool: PoolConfig, supervisor: Supervisor, api_keys: ApiKeys | None
 ) -> tuple[Router, FrontMetrics]:
     async def metrics() -> str:
-        own = str(await supervisor.ask("metrics"))
+        try:
+            own = str(await supervisor.ask("metrics"))
+        except (AegaeonError, TimeoutError):
+            own = ""  # aegaeon_instance_up says so, and the front's own series go on
         return generate_latest(REGISTRY).decode() + front.exposition() + own
 
     async def states() -> dict[str, str]:
@@ -188,7 +192,11 @@ def _router(
         failures=lambda: supervisor.instance.failures,
         api_keys=api_keys,
     )
-    front = FrontMetrics([model.name for model in pool.models], router.num_open)
+    front = FrontMetrics(
+        [model.name for model in pool.models],
+        router.num_open,
+        lambda: (supervisor.serves, supervisor.num_restarts),
+    )
     return router, front
 
 

@@ -80,6 +80,16 @@ class Supervisor:
         """host or cuda."""
         return self.instance.device_kind
 
+    @property
+    def serves(self) -> bool:
+        """Whether there is an instance that answers and gets on."""
+        return self._ready and not self._stalled
+
+    @property
+    def num_restarts(self) -> int:
+        """How many instances were started after the first."""
+        return self._generation - 1
+
     async def bring_up(self, front: "Front", router: Router) -> None:
         """Have `router` serve the models of the instance, as soon as they are loaded.
 

@@ -107,6 +107,16 @@ def test_what_cannot_be_on_time_is_counted_as_refused_by_admission():
     assert front.series()[f"aegaeon_requests_refused_total{labels}"] == 1
 
 
+def test_an_instance_that_is_gone_is_said_by_the_front():
+    state = (True, 0)
+    metrics = FrontMetrics(["a"], lambda model: 0, lambda: state)
+    assert "aegaeon_instance_up 1.0" in metrics.exposition()
+    state = (False, 3)
+    text = metrics.exposition()
+    assert "aegaeon_instance_up 0.0" in text
+    assert "aegaeon_instance_restarts_total 3.0" in text
+
+
 def test_a_client_cannot_make_series():
     front = Front()
     front.call("POST", PATH, json={"model": "a"})

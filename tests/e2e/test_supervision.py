@@ -106,6 +106,7 @@ def test_when_the_instance_is_killed_requests_end_within_2_s_and_a_new_one_serve
     refused = httpx.post(f"{server.address}{CHAT}", json=long)
     assert (refused.status_code, int(refused.headers["retry-after"]) > 0) == (503, True)
     assert len(httpx.get(f"{server.address}/v1/models").json()["data"]) == 3
+    assert instance_series(server) == {"up": 0.0, "restarts_total": 1.0}
 
     wait_until(lambda: health(server).status_code == 200, timeout_s=120)
     assert not any(process.is_running() for process in family)
@@ -113,6 +114,14 @@ def test_when_the_instance_is_killed_requests_end_within_2_s_and_a_new_one_serve
     assert tokens_of(server, "nick") == before["llama"]  # what was edited holds on
     pinned = {model["name"]: model["pinned"] for model in server.admin("/admin/state")["models"]}
     assert pinned == {"llama": False, "qwen3": True}
+    assert instance_series(server) == {"up": 1.0, "restarts_total": 1.0}
+
+
+def instance_series(server: LocalServer) -> dict[str, float]:
+    prefix = "aegaeon_instance_"
+    lines = httpx.get(f"{server.address}/metrics").text.splitlines()
+    found = (line.removeprefix(prefix).split() for line in lines if line.startswith(prefix))
+    return {name: float(value) for name, value in found}
 
 
 def running(server: LocalServer) -> dict[str, int]:

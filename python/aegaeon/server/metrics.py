@@ -3,11 +3,13 @@
 Labels come from the pool's names and from fixed lists, never from what a client sends.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 from aegaeon.server.exchange import Exchange
 
@@ -17,10 +19,16 @@ NO_STATUS = "none"
 
 class FrontMetrics:
     """models: the pool's names, in its order. num_open: how many requests a model's application is
-    answering now. `ended` is to be told of every exchange.
+    answering now. instance: whether it serves, and how often it has been started anew. `ended` is
+    to be told of every exchange.
     """
 
-    def __init__(self, models: Sequence[str], num_open: Callable[[str], int]) -> None:
+    def __init__(
+        self,
+        models: Sequence[str],
+        num_open: Callable[[str], int],
+        instance: Callable[[], tuple[bool, int]] = lambda: (True, 0),
+    ) -> None:
         self._registry = CollectorRegistry()
         self._answers = Counter(
             "aegaeon_http_requests",
@@ -40,6 +48,7 @@ class FrontMetrics:
             ("model_name",),
             registry=self._registry,
         )
+        self._registry.register(_InstanceCollector(instance))
         self._models: list[str] = []
         self._num_open = num_open
         for name in models:
@@ -81,3 +90,21 @@ class FrontMetrics:
 
     def exposition(self) -> str:
         return generate_latest(self._registry).decode()
+
+
+class _InstanceCollector(Collector):
+    def __init__(self, instance: Callable[[], tuple[bool, int]]) -> None:
+        self._instance = instance
+
+    def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
+        up, num_restarts = self._instance()
+        yield GaugeMetricFamily(
+            "aegaeon_instance_up",
+            "1 while the instance serves; while it is 0 the metrics of the instance are missing.",
+            value=float(up),
+        )
+        yield CounterMetricFamily(
+            "aegaeon_instance_restarts",
+            "How often an instance was started in the place of one that had died.",
+            value=num_restarts,
+        )
