@@ -138,7 +138,7 @@ async def _run(
         supervising.add_done_callback(stop.after)
         watched = doors.keys_files()
         if source is not None:
-            watched[source.path] = PoolReload(source, pool, follow).changed
+            watched[source.path] = PoolReload(source, pool, follow, roster).changed
         background = [
             supervising,
             asyncio.create_task(_announce(public, doors.public, on_ready)),

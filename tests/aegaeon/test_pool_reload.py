@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import yaml
 
 from aegaeon.core.changes import changes, taken_on
 from aegaeon.core.config import PoolConfig, load_pool
-from aegaeon.core.errors import AegaeonError
+from aegaeon.core.errors import AegaeonError, OrderRefused
 from aegaeon.pool_reload import PoolReload, PoolSource
 
 BASE: dict[str, Any] = {
@@ -52,8 +53,6 @@ def test_the_same_file_is_no_change(tmp_path):
         ({"scheduler": {"policy": "slack"}}, ["scheduler.policy"], False),
         ({"server": {"max_n": 4, "port": 9}}, ["server.port"], False),
         ({"device_memory": "1GiB"}, ["device_memory"], False),
-        ({"models": [model("a")]}, ["models[b]"], False),
-        ({"models": [model("a"), model("b"), model("c")]}, ["models[c]"], False),
         ({"models": [model("a", kv_memory="1GiB"), model("b")]}, ["models[a].kv_memory"], False),
     ],
 )
@@ -76,6 +75,58 @@ def test_the_name_of_a_model_that_is_still_served_is_not_taken_as_an_alias(tmp_p
     assert taken_on(old, new).models[0].aliases == ("second",)
 
 
+class Served:
+    """Notes which models come and go; refuses what it is told to."""
+
+    def __init__(self, *refused: str) -> None:
+        self.calls: list[str] = []
+        self.refused = set(refused)
+
+    async def add(self, entry: Mapping[str, Any]) -> dict[str, Any]:
+        self._note(f"add {entry['name']} {entry['kv_memory']}")
+        return {}
+
+    async def remove(self, name: str, *, timeout_s: float) -> None:
+        self._note(f"remove {name} {timeout_s:g}")
+
+    def _note(self, call: str) -> None:
+        self.calls.append(call)
+        if call in self.refused:
+            raise OrderRefused("there is no room")
+
+
+def test_models_come_and_go_with_the_file_and_what_failed_is_tried_with_the_next_change(
+    tmp_path, caplog
+):
+    old = pool_of(tmp_path)
+    path = tmp_path / "pool.yaml"
+    applied: list[PoolConfig] = []
+
+    async def apply(before: PoolConfig, after: PoolConfig) -> None:
+        applied.append(after)
+
+    served = Served(f"add c {1 << 30}")
+    reload = PoolReload(PoolSource(path, lambda: load_pool(path)), old, apply, served)
+
+    async def run() -> None:
+        found = changes(old, pool_of(tmp_path, models=[model("a"), model("c", kv_memory="1GiB")]))
+        assert [(change.key, change.live) for change in found] == [
+            ("models[b]", True), ("models[c]", True),
+        ]  # fmt: skip
+        await reload.reload()
+        assert served.calls == ["remove b 30", f"add c {1 << 30}"]
+        pool_of(tmp_path, models=[model("a"), model("c", kv_memory="1MiB")])
+        await reload.reload()
+        await reload.reload()
+        assert served.calls[2:] == [f"add c {1 << 20}"]
+
+    with caplog.at_level(logging.INFO):
+        asyncio.run(run())
+    assert [[each.name for each in pool.models] for pool in applied] == [["a"], ["a"], ["a", "c"]]
+    assert "c is not added: there is no room" in caplog.text
+    assert "models[b]: removed" in caplog.text
+
+
 def test_a_change_is_taken_on_and_said_and_a_bad_file_changes_nothing(tmp_path, caplog):
     old = pool_of(tmp_path)
     applied: list[PoolConfig] = []
@@ -86,7 +137,7 @@ def test_a_change_is_taken_on_and_said_and_a_bad_file_changes_nothing(tmp_path, 
         applied.append(after)
 
     path = tmp_path / "pool.yaml"
-    reload = PoolReload(PoolSource(path, lambda: load_pool(path)), old, apply)
+    reload = PoolReload(PoolSource(path, lambda: load_pool(path)), old, apply, Served())
 
     async def run() -> None:
         path.write_text("models: [{model: a, pritority: 3}]")

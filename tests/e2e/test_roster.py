@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -31,10 +32,10 @@ def expected(models, plain_vllm) -> dict[str, list[list[int]]]:
 
 
 @pytest.fixture(scope="module")
-def server(models, tmp_path_factory) -> Iterator[LocalServer]:
+def pool_file(models, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("roster")
-    pool = folder / "pool.yaml"
-    pool.write_text(
+    path: Path = folder / "pool.yaml"
+    path.write_text(
         yaml.safe_dump(
             {
                 "device": "host",
@@ -45,7 +46,12 @@ def server(models, tmp_path_factory) -> Iterator[LocalServer]:
             }
         )
     )
-    with local_server(pool, log=folder / "log") as running:
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(pool_file) -> Iterator[LocalServer]:
+    with local_server(pool_file, log=pool_file.with_name("log")) as running:
         yield running
 
 
@@ -177,3 +183,21 @@ def test_an_instance_that_is_started_anew_has_what_was_added(server, models, exp
     assert token_ids(answer) == expected[GUEST][0]
     assert token_ids(ask(server, FIRST)) == expected[FIRST][0]
     assert aegaeon(server, "remove", GUEST).returncode == 0
+
+
+def test_models_come_and_go_with_the_pool_file(server, models, expected, pool_file):
+    original = pool_file.read_text()
+    edited = yaml.safe_load(original)
+    edited["models"].append({"model": models[GUEST], "name": GUEST})
+    for text, names in ((yaml.safe_dump(edited), {FIRST, GUEST}), (original, {FIRST})):
+        pool_file.write_text(text)
+        ends = time.monotonic() + 90
+        while served_names(server) != names and time.monotonic() < ends:
+            time.sleep(0.2)
+        assert served_names(server) == names
+        for name in names:
+            assert token_ids(ask(server, name)) == expected[name][0]
+
+
+def served_names(server: LocalServer) -> set[str]:
+    return {card["id"] for card in httpx.get(f"{server.address}/v1/models").json()["data"]}

@@ -20,12 +20,14 @@ class Change:
     """One key that differs. live: whether it takes effect without a restart of the server.
 
     before, after: None where the key is not there, as of a model that is new.
+    is_a_model: it is not a key but a model that comes or goes.
     """
 
     key: str
     before: Any
     after: Any
     live: bool
+    is_a_model: bool = False
 
     def __str__(self) -> str:
         return f"{self.key}: {self.before} -> {self.after}"
@@ -48,7 +50,9 @@ def changes(old: PoolConfig, new: PoolConfig) -> list[Change]:
 
 
 def taken_on(old: PoolConfig, new: PoolConfig) -> PoolConfig:
-    """`old` with what is live of `new`. The models stay; of their aliases those that are free."""
+    """`old` with the live keys of `new`. The models stay, which come and go one by one; of their
+    aliases those that are free.
+    """
     models, names = [], {model.name for model in old.models}
     for model in old.models:
         edited = next((each for each in new.models if each.name == model.name), model)
@@ -73,11 +77,11 @@ def _model_changes(old: tuple[ModelConfig, ...], new: tuple[ModelConfig, ...]) -
     after = {model.name: model for model in new}
     for name, model in before.items():
         if name not in after:
-            yield Change(f"models[{name}]", "served", None, live=False)
+            yield Change(f"models[{name}]", "served", None, live=True, is_a_model=True)
         else:
             yield from _fields(f"models[{name}]", model.model_dump(), after[name].model_dump())
     for name in after.keys() - before.keys():
-        yield Change(f"models[{name}]", None, "to be served", live=False)
+        yield Change(f"models[{name}]", None, "to be served", live=True, is_a_model=True)
 
 
 def _fields(at: str, old: dict[str, Any], new: dict[str, Any]) -> Iterator[Change]:
