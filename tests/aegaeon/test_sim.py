@@ -12,13 +12,14 @@ from sim_support import GB, SMALL, model, random_requests, step_loop_times, toke
 
 from aegaeon.core.errors import ConfigError
 from aegaeon.core.slo import TokenRun
+from aegaeon.sched.cost import Profile
 from aegaeon.sched.open_requests import OpenRequests
 from aegaeon.sched.policies import make_policy
 from aegaeon.sched.scheduler import RequestView
 from aegaeon.sim.hardware import GPUS, SHAPES, GpuGroup, Model, profile_of
 from aegaeon.sim.memory import DeviceMemory
 from aegaeon.sim.queues import ModelQueue, SimRequest
-from aegaeon.sim.routing import place
+from aegaeon.sim.routing import MOST_WAIT_S, place
 from aegaeon.sim.simulator import SIM_POLICIES, Request, Simulation
 
 SCENARIOS = st.tuples(
@@ -226,3 +227,35 @@ def test_separate_phases_hand_requests_over():
     assert prefill.decode_s == 0
     assert prefill.prefill_s > 0
     assert all(totals.prefill_s == 0 and totals.decode_s > 0 for totals in decode)
+
+
+def test_a_model_waits_for_room_and_starts_with_all_its_requests():
+    """Two GPUs keep two models up; the third starts where one has ended, as one batch."""
+    slow = Profile(0.09, 0.0, 0.0, 0.01, 0.0)
+    models = [model(f"m{i}", 14.0, profile=slow) for i in range(3)]
+    requests = [
+        Request(0.0, "m0", 10, 20),
+        Request(0.1, "m1", 10, 200),
+        Request(0.2, "m2", 10, 10),
+        Request(0.3, "m2", 10, 10),
+    ]
+    times = token_times(models, [SMALL.sized(2)], "slack", requests)
+    assert times[2] == times[3]
+    assert times[0][-1] < times[2][0] < times[0][-1] + 2.0
+    assert max(b - a for a, b in zip(times[1], times[1][1:], strict=False)) < 0.1
+
+
+def test_a_model_that_has_waited_long_shares_an_instance():
+    slow = Profile(0.09, 0.0, 0.0, 0.01, 0.0)
+    models = [model(f"m{i}", 14.0, profile=slow) for i in range(2)]
+    requests = [Request(0.0, "m0", 10, 2000), Request(0.1, "m1", 10, 10)]
+    times = token_times(models, [SMALL.sized(2)], "slack", [*requests, Request(0.2, "m0", 10, 5)])
+    assert times[1][0] < 5.0
+    three = [*models, model("m2", 14.0, profile=slow)]
+    late = token_times(
+        three,
+        [SMALL.sized(2)],
+        "slack",
+        [requests[0], Request(0.1, "m1", 10, 2000), Request(0.2, "m2", 10, 10)],
+    )
+    assert MOST_WAIT_S < late[2][0] < MOST_WAIT_S + 30.0

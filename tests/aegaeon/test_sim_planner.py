@@ -114,7 +114,7 @@ def test_spans_cover_the_busy_time_and_do_not_overlap():
 
 def test_the_document_of_results_is_written_with_its_plots(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(results, "MODELS", {0.1: (4, 8), 0.5: (4, 8)})
-    monkeypatch.setattr(results, "STRICT_MODELS", (4, 48))
+    monkeypatch.setattr(results, "STRICT_MODELS", (4, 64))
     monkeypatch.setattr(results, "SWITCH_MODELS", (4, 64))
     monkeypatch.setattr(results, "SWITCH_S", (0.0, 27.0))
     monkeypatch.setattr(results, "RATES", (0.1, 0.2))

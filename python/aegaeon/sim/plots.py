@@ -62,6 +62,7 @@ def lines(
         axes.annotate(text, (x, 0.02), rotation=90, fontsize=7, ha="right")
     if log_x:
         axes.set_xscale("symlog", linthresh=0.1)
+        axes.set_xlim(left=0)
     axes.set_title(f"{title} (simulated)", fontsize=10)
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)

@@ -15,13 +15,14 @@ from statistics import fmean
 from aegaeon.sim.planner import PoolPlan, plan_dedicated, plan_pool
 from aegaeon.sim.plots import Line, lines
 from aegaeon.sim.presets import PRESETS, aegaeon, preset
-from aegaeon.sim.results_text import ASSUMPTIONS, HEAD, PUBLISHED_FLEET
+from aegaeon.sim.results_text import ASSUMPTIONS, DIFFERENCES, HEAD, PUBLISHED_FLEET
 from aegaeon.sim.study import Outcome, Run, interval, largest, simulate_all
 from aegaeon.sim.workload import Scenario
 
 POLICIES = ("slack", "paper", "request-level", "static")
 SWITCHING = ("slack", "paper", "request-level")
 MODELS = {0.1: (16, 32, 48, 64, 72, 80, 96, 112, 128), 0.5: (8, 16, 24, 32, 40, 48, 56, 64)}
+SLO_MODELS = 64
 STRICT_MODELS = (16, 24, 32, 40, 48, 56, 64, 80, 96)
 SLO_SCALES = (1.0, 0.5, 0.3, 0.2)
 SWITCH_S = (0.0, 0.1, 0.3, 0.8, 2.0, 27.0)
@@ -99,6 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _switch_section(study, plots),
         _presets_section(study, compared),
         _fleet_section(),
+        DIFFERENCES,
         ASSUMPTIONS,
     ]
     options.document.write_text("\n".join(sections), encoding="utf-8")
@@ -203,10 +205,10 @@ def _slo_section(study: Study, plots: Path) -> str:
             published[scale],
         ])  # fmt: skip
     curves = {
-        p: [(s, *interval(study.values("slo", s, 48, p))) for s in reversed(SLO_SCALES)]
+        p: [(s, *interval(study.values("slo", s, SLO_MODELS, p))) for s in reversed(SLO_SCALES)]
         for p in POLICIES
     }
-    lines(plots / "slo.png", curves, title="48 models, 0.1 requests/s each, 16 H800",
+    lines(plots / "slo.png", curves, title=f"{SLO_MODELS} models, 0.1 requests/s each, 16 H800",
           x_label="deadlines, as a multiple of 10 s / 100 ms")  # fmt: skip
     head = ["SLO", *POLICIES, "paper against the better baseline", "slack against it", "published"]
     return (
