@@ -156,13 +156,11 @@ def test_whatever_happens_to_the_instance_requests_end_and_service_comes_back(
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(0)
-def test_at_every_point_requests_end_and_service_comes_back(chaotic):
-    assert len(POINTS) == 20
-    for _ in range(SCALE):
-        for point in POINTS:
-            for signal_name in ("SIGKILL", "SIGSTOP"):
-                strike(chaotic, point, signal_name)
+@pytest.mark.parametrize("signal_name", ["SIGKILL", "SIGSTOP"])
+@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("number", range(SCALE))
+def test_at_every_point_requests_end_and_service_comes_back(chaotic, point, signal_name, number):
+    strike(chaotic, point, signal_name)
 
 
 @pytest.mark.soak

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from e2e_support import CHAT, chat, children_of, instance_of, wait_until, write_pool
+from e2e_support import CHAT, chat, children_of, gauge, instance_of, wait_until, write_pool
 
 from aegaeon.local_server import LocalServer, local_server
 from aegaeon.server.admin_client import AdminClient
@@ -110,6 +110,7 @@ def test_when_the_instance_is_killed_requests_end_within_2_s_and_a_new_one_serve
 
     wait_until(lambda: health(server).status_code == 200, timeout_s=120)
     assert not any(process.is_running() for process in family)
+    assert gauge(server, "vllm:num_requests_running", "llama") == 0
     assert {name: tokens_of(server, name) for name in NAMES} == before
     assert tokens_of(server, "nick") == before["llama"]  # what was edited holds on
     pinned = {model["name"]: model["pinned"] for model in server.admin("/admin/state")["models"]}

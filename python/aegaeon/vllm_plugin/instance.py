@@ -38,6 +38,7 @@ from aegaeon.sched.meter import Meter
 from aegaeon.sched.metrics import LoopCollector
 from aegaeon.sched.policies import make_policy
 from aegaeon.sched.step_loop import ORDER, StepLoop
+from aegaeon.switching.device_check import raise_if_lost
 from aegaeon.switching.image_cache import ImageCache
 from aegaeon.switching.metrics import SwitchMetrics
 from aegaeon.switching.orders import ORDERS, carry_out
@@ -150,17 +151,7 @@ class Instance:
         self._look_at_the_device(model, error)
 
     def _look_at_the_device(self, model: str, error: BaseException) -> None:
-        """After a model has failed: whether anything can be run here any more.
-
-        An error of a kernel stays with the context of the device, and every later call fails with
-        it: what looks like one model's failure is the end of all.
-        """
-        try:
-            self._device.memory_info()
-        except ak.Error as broken:
-            raise DeviceLost(f"the device does not answer: {broken}") from error
-        if not any(True for _ in self.loop.engines):
-            raise DeviceLost(f"all models are out of service, {model} for: {error}") from error
+        raise_if_lost(self._device, model, error, self.loop.loads())
 
     def pulse(self) -> dict[str, Any]:
         """Whether the step loop gets on; callable from any thread."""

@@ -12,6 +12,7 @@ from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.metrics.stats import SchedulerStats
 
 from aegaeon.core.threads import in_daemon_thread
 from aegaeon.vllm_plugin.seam import Seam, Tier, Upstream
@@ -39,6 +40,9 @@ def report_death(client: AsyncLLM) -> None:
     core = client.engine_core
     core.resources.engine_dead = True
     core.outputs_queue.put_nowait(EngineDeadError())
+    if client.logger_manager is not None:
+        # Else the gauges would show its last requests as running until the next one comes.
+        client.logger_manager.record(scheduler_stats=SchedulerStats(), iteration_stats=None)
 
 
 async def openai_app(client: AsyncLLM, namespace: Namespace) -> Any:
@@ -92,6 +96,12 @@ SEAM = Seam(
             ("model_config", "base_model_paths"),
         ),
         Upstream("vllm.v1.engine.core_client", "AsyncMPClient.outputs_queue"),
+        Upstream("vllm.v1.engine.async_llm", "AsyncLLM.logger_manager"),
+        Upstream(
+            "vllm.v1.metrics.loggers",
+            "StatLoggerManager.record",
+            ("scheduler_stats", "iteration_stats"),
+        ),
         Upstream("vllm.v1.engine.core_client", "BackgroundResources.engine_dead"),
         Upstream("vllm.entrypoints.launchers.cli_args", "make_arg_parser", ("parser",)),
         Upstream("vllm.entrypoints.launchers.cli_args", "validate_parsed_serve_args", ("args",)),
