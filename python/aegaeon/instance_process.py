@@ -190,6 +190,10 @@ class InstanceProcess:
         finally:
             self._answers.pop(number, None)
 
+    def alive(self) -> bool:
+        """Whether it can still be asked."""
+        return not self._died.is_set()
+
     async def wait_for_death(self) -> None:
         await self._died.wait()
 

@@ -128,13 +128,29 @@ class Supervisor:
                 await asyncio.sleep(delay_s)
                 self.instance = self._spawn()
                 self.instance.watch()
-                try:
-                    await self.bring_up(front, router)
+                failed = await self._failure_to_bring_up(front, router)
+                if failed is None:
                     break
-                except AegaeonError as error:
-                    why = error
-                    logger.error("the instance does not start: %s", why)
+                why = failed
             logger.info("the instance is back with all models, after %.1f s", self._start_s)
+
+    async def _failure_to_bring_up(self, front: "Front", router: Router) -> AegaeonError | None:
+        limit_s = self._pool.supervision.start_timeout
+        try:
+            async with asyncio.timeout(limit_s):
+                await self.bring_up(front, router)
+        except AegaeonError as error:
+            logger.error("the instance does not start: %s", error)
+            return error
+        except TimeoutError:
+            late = AegaeonError(f"the instance has not loaded its models within {limit_s:g} s")
+            logger.error("%s", late)
+            return late
+        except Exception as error:
+            # The front's half of vLLM; the next attempt begins anew.
+            logger.exception("the models of the new instance cannot be served")
+            return AegaeonError(f"the models of the new instance cannot be served: {error!r}")
+        return None
 
     async def ask(
         self, question: str, *, timeout_s: float | None = ANSWER_TIMEOUT_S, **arguments: Any
@@ -251,8 +267,12 @@ class Supervisor:
                     silent_s = time.monotonic() - asked_s
                     self._judge(router, silent_s, "the instance does not answer", order=False)
                 pulse = question.result()
-            except AegaeonError:
-                return  # it died, which somebody else waits for
+            except AegaeonError as error:
+                if not self.instance.alive():
+                    return  # which somebody else waits for
+                logger.warning("the instance does not tell its pulse: %s", error)
+                await asyncio.sleep(PULSE_INTERVAL_S)
+                continue
             finally:
                 question.cancel()
             doing = f"the step loop does not get on while {pulse['doing']}"

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.vllm
 
 SCALE = int(os.environ.get("AEGAEON_TEST_SCALE", "1"))
 NAMES = ("llama", "qwen3")
-STALLED_AFTER_S, RESTART_AFTER_S = 1.0, 6.0
+STALLED_AFTER_S, RESTART_AFTER_S, START_TIMEOUT_S = 1.0, 6.0, 90.0
 
 
 def _points() -> list[str]:
@@ -80,6 +80,7 @@ def chaotic(tiny_models, tmp_path_factory) -> Iterator[Chaotic]:
             "stalled_after": STALLED_AFTER_S,
             "restart_after": RESTART_AFTER_S,
             "max_restarts": 10_000,
+            "start_timeout": START_TIMEOUT_S,
         },
     )
     with pytest.MonkeyPatch.context() as patch:
@@ -141,7 +142,7 @@ def strike(server: Chaotic, point: str, signal_name: str) -> None:
             assert end.get("error") == "instance_restarting", (point, end)
     assert len(ends) == len(asking)
 
-    wait_until(lambda: is_healthy(server), timeout_s=120)
+    wait_until(lambda: is_healthy(server), timeout_s=120 + START_TIMEOUT_S)
     wait_until(lambda: not any(process.is_running() for process in family))
     assert instance_of(server.running.process.pid) != old
     for name in NAMES:

@@ -249,6 +249,8 @@ class SupervisionConfig(Strict):
     max_restarts: int = Field(default=5, ge=0)
     """Restarts within `restart_window` after which the server ends instead."""
     restart_window: Duration = 600.0
+    start_timeout: Duration = 1800.0
+    """A new instance that has not loaded all models by then counts as one that died."""
 
 
 class AdminConfig(Strict):
