@@ -85,6 +85,9 @@ class Slots:
     def prefetch(self, name: str) -> bool:
         return False
 
+    def let_go(self, name: str) -> None:
+        pass
+
 
 @dataclass
 class Timed:

@@ -168,11 +168,14 @@ class Supervisor:
 
         Raises as `ask` does; a pin that is refused is logged.
         """
-        models = [
-            model for model in new.models if model.name in self._models
-        ]  # others were removed
+        # Of the file's models an order may have removed some.
+        models = [model for model in new.models if model.name in self._models]
         settings = {
-            model.name: {"slo": model.slo.model_dump(), "priority": model.priority}
+            model.name: {
+                "slo": model.slo.model_dump(),
+                "priority": model.priority,
+                "keep_alive": model.keep_alive,
+            }
             for model in models
         }
         await self.ask("configure", models=settings)

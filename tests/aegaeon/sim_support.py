@@ -128,6 +128,9 @@ class TimedResidency:
     def prefetch(self, name: str) -> bool:
         return self.memory.prefetch(name, self.clock.now())
 
+    def let_go(self, name: str) -> None:
+        pass
+
 
 def step_loop_times(
     models: list[Model], group: GpuGroup, policy: object, requests: list[Request]

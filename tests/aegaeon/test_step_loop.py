@@ -91,6 +91,13 @@ class JournalResidency:
         self.journal.append(f"prefetch {name}")
         return name != "no room"
 
+    def let_go(self, name: str) -> None:
+        self.journal.append(f"let go {name}")
+        if self.failures.get(name, 0) > 0:
+            self.failures[name] -= 1
+            raise AegaeonError("not now")
+        self.current = None
+
 
 def make_loop(quantum: int, *engines: CountingEngine, failures: dict[str, int] | None = None):
     journal = engines[0].journal
@@ -565,3 +572,17 @@ def test_other_objectives_hold_for_open_requests_too():
     assert loop.seen is not None
     assert loop.seen[0].models[0].work.priority == 4
     loop.configure("gone", slo=Slo(), priority=0)
+
+
+def test_an_idle_model_leaves_when_its_time_is_over_and_a_refusal_is_no_failure():
+    engine = CountingEngine("a", 1, [])
+    loop, clock = make_loop(1, engine)
+    loop.keep_alive.limits_s["a"] = 10.0
+    loop.run_turn()
+    loop.run_turn()  # from now on it is idle
+    loop.residency.failures["a"] = 1
+    for _ in range(20):
+        clock.advance(1.5)
+        loop.run_turn()
+    assert engine.journal == ["switch to a", "a", "let go a", "let go a"]
+    assert loop.counters.failed_models == 0

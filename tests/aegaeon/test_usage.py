@@ -94,6 +94,9 @@ class SlowSwitches:
     def prefetch(self, name: str) -> bool:
         return False
 
+    def let_go(self, name: str) -> None:
+        pass
+
 
 def test_the_step_loop_tells_where_the_time_of_the_device_went():
     clock = ManualClock()

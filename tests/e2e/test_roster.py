@@ -199,5 +199,20 @@ def test_models_come_and_go_with_the_pool_file(server, models, expected, pool_fi
             assert token_ids(ask(server, name)) == expected[name][0]
 
 
+def test_an_idle_model_leaves_the_device_after_its_keep_alive_and_comes_back(server, models):
+    done = aegaeon(server, "add", models[GUEST], "--name", GUEST, "--set", "keep_alive=1s")
+    assert done.returncode == 0, done.stderr
+    ends = time.monotonic() + 60
+    while state_of(server, GUEST) != "host" and time.monotonic() < ends:
+        time.sleep(0.2)
+    assert state_of(server, GUEST) == "host"
+    assert ask(server, GUEST).status_code == 200
+    assert aegaeon(server, "remove", GUEST).returncode == 0
+
+
+def state_of(server: LocalServer, name: str) -> str:
+    return str({model["name"]: model["state"] for model in state(server)["models"]}[name])
+
+
 def served_names(server: LocalServer) -> set[str]:
     return {card["id"] for card in httpx.get(f"{server.address}/v1/models").json()["data"]}

@@ -136,8 +136,8 @@ class Defaults(Strict):
     max_model_len: MaxModelLen = None
     """Longest prompt plus answer, in tokens; null: the model's own limit."""
     keep_alive: KeepAlive = 600.0
-    """How long an idle model is kept on the device while nobody else needs the room. Accepted, not
-    acted on yet: a model stays until somebody needs the room.
+    """How long an idle model is kept on the device while nobody else needs the room. 0: it leaves
+    when its requests have ended; -1: it stays until somebody needs the room.
     """
     kv_memory: Size = 64 << 20
     """KV cache of one model: the range it may fill when resident."""

@@ -80,3 +80,6 @@ class Residency(Protocol):
 
     def prefetch(self, name: str) -> bool:
         """Begin to bring `name` in while the current model runs; whether there is room for it."""
+
+    def let_go(self, name: str) -> None:
+        """Take the idle model `name` off the device, unless it is pinned. Raises as `activate`."""

@@ -17,6 +17,7 @@ from aegaeon.core.config import Slo
 from aegaeon.core.engine import Engine, EngineLoad, Residency
 from aegaeon.core.errors import AegaeonError
 from aegaeon.sched.cost import CostModel
+from aegaeon.sched.keep_alive import KeepAlive
 from aegaeon.sched.open_requests import OpenRequests
 from aegaeon.sched.progress import Progress
 from aegaeon.sched.scheduler import NO_WORK, ModelView, Policy, PoolState, RequestView, Turn, Work
@@ -76,6 +77,7 @@ class StepLoop:
     seen: the state that the policy was asked with last, and when. Readable from any thread.
     on_failure: called after a model was taken out of service; what it raises ends `run`.
     progress: whether the loop gets on. Readable from any thread.
+    keep_alive: which idle models leave the device.
     """
 
     policy: Policy
@@ -88,6 +90,7 @@ class StepLoop:
     usage: DeviceUsage = field(default_factory=DeviceUsage)
     seen: tuple[PoolState, float] | None = None
     on_failure: Callable[[str, BaseException], None] | None = None
+    keep_alive: KeepAlive = field(default_factory=KeepAlive)
     progress: Progress = field(init=False)
 
     def __post_init__(self) -> None:
@@ -173,6 +176,7 @@ class StepLoop:
         self._poll()
         state, now = self._state(), self.clock.now()
         self.seen = state, now
+        self._let_idle_go(state, now)
         self.counters.decisions += 1
         turn = self.policy.next_turn(state, now)
         if turn is None:
@@ -254,6 +258,14 @@ class StepLoop:
                 )
             )
         return PoolState(models=tuple(models), last=self._last, costs=self.costs)
+
+    def _let_idle_go(self, state: PoolState, now: float) -> None:
+        for name in self.keep_alive.overdue(state, now):
+            try:
+                self.residency.let_go(name)
+            except self.recoverable as error:
+                # It is as it was, and somebody who needs the room will try again.
+                logger.warning("the idle model %s stays on the device: %s", name, error)
 
     def _sum_up(self, entry: _Entry, load: EngineLoad) -> None:
         """The work of a model anew: it has run, or its counts have changed."""

@@ -332,6 +332,11 @@ class Switcher:
         finally:
             self._mark({name}, None)
 
+    def let_go(self, name: str) -> None:
+        """As `evict`; a pinned model stays."""
+        if not self._models[name].pinned:
+            self.evict(name)
+
     def prefetch(self, name: str) -> bool:
         """Begin to bring in the weights of `name` while the current model goes on.
 

@@ -120,6 +120,7 @@ class Instance:
         self._cores[model.name] = core
         self._meters[model.name] = meter
         self.loop.add(core, slo=model.slo, priority=model.priority)
+        self.loop.keep_alive.limits_s[model.name] = model.keep_alive
 
     def remove_model(self, name: str) -> None:
         """Give back all that a model without open requests has. Its client is closed already.
@@ -139,6 +140,7 @@ class Instance:
         self.switcher.remove_model(name)
         core.close()
         del self._cores[name], self._meters[name]
+        self.loop.keep_alive.limits_s.pop(name, None)
         self.failures.pop(name, None)
 
     def quarantine(self, model: str, error: BaseException) -> None:
@@ -188,13 +190,16 @@ class Instance:
         )
 
     def configure(self, models: Mapping[str, Any]) -> "Future[Any]":
-        """Have the step loop go by other objectives from now on: name -> `slo` and `priority`."""
+        """Have the step loop go by other settings from now on: name -> `slo`, `priority` and
+        `keep_alive` in seconds, None for ever.
+        """
 
         def change() -> None:
             for name, settings in models.items():
                 slo = Slo.model_validate(settings["slo"])
                 self._meters[name].slo = slo
                 self.loop.configure(name, slo=slo, priority=settings["priority"])
+                self.loop.keep_alive.limits_s[name] = settings["keep_alive"]
 
         return self.loop.between_steps(change)
 
