@@ -1,6 +1,9 @@
 """KV caches that give back what no live block needs while another model runs."""
 
+import inspect
 import random
+import sys
+import textwrap
 from contextlib import suppress
 
 import numpy as np
@@ -216,6 +219,22 @@ def test_a_block_keeps_its_copy_when_it_moves():
     assert_blocks_are_intact(a)
 
 
+def test_a_block_moves_to_where_a_dead_one_was_whose_copy_is_still_on_the_host():
+    switcher, (a, b) = make_caches()
+    switcher.activate("a")
+    for block in range(1, 40):
+        a.write(block, block)
+    switcher.activate("b")
+    switcher.activate("a")
+    del a.contents[7]
+    a.kv.move(Moves(np.array([30]), np.array([7])))
+    assert_books_are_right(switcher, [a, b])
+    switcher.activate("b")
+    switcher.activate("a")
+    assert_blocks_are_intact(a)
+    assert_books_are_right(switcher, [a, b])
+
+
 def test_a_request_may_end_while_its_cache_is_shrunk():
     switcher, (a, b) = make_caches()
     switcher.activate("a")
@@ -231,12 +250,11 @@ def test_a_request_may_end_while_its_cache_is_shrunk():
     assert_books_are_right(switcher, [a, b])
 
 
-@pytest.mark.parametrize("kind", [LargeCache, LayersOutermost])
-@pytest.mark.parametrize("seed", range(4))
-def test_any_row_of_switches_keeps_all_blocks(seed, kind):
+def random_row(seed: int, kind: type[LargeCache], num_steps: int) -> Switcher:
+    """Models that write, abort and move blocks at any time, with every byte and book compared."""
     rng = random.Random(seed)
     switcher, models = make(WEIGHTS + KV + (seed + 1) * 4 * MIB, "abc", kind)
-    for _ in range(40):
+    for _ in range(num_steps):
         model = rng.choice(models)
         switcher.activate(model.name)
         model.assert_intact()
@@ -257,8 +275,55 @@ def test_any_row_of_switches_keeps_all_blocks(seed, kind):
             )
             model.assert_intact()
         assert_books_are_right(switcher, models)
+    return switcher
+
+
+@pytest.mark.parametrize("kind", [LargeCache, LayersOutermost])
+@pytest.mark.parametrize("seed", range(4))
+def test_any_row_of_switches_keeps_all_blocks(seed, kind):
+    switcher = random_row(seed, kind, 40)
     assert any(record.shrunk for record in switcher.records)
     switcher.close()
+
+
+MUTANTS = [
+    (
+        KVUnit,
+        "move",
+        "ak.kv.move(self.region, moves.src_ids, moves.dst_ids, self._layouts)",
+        "pass",
+    ),
+    (KVUnit, "move", "self.book.renumber(moves)", "pass"),
+    (KVUnit, "move", "{renamed.get(block, block): slot", "{block: slot"),
+    (KVUnit, "move", "renamed.get(block, block) for", "block for"),
+    (KVUnit, "move", "self._forget_dead(self.book.live())", "pass"),
+    (KVUnit, "_unsaved", "or block in self._written", ""),
+    (KVUnit, "start_load", "if self.holds_bytes:", "if True:"),
+    (KVUnit, "finish_save", "self._copies |= self._saving", "pass"),
+    (KVUnit, "finish_load", "self._store.release(self._loading)", "pass"),
+    (KVUnit, "_forget_dead", "self._store.release(", "list("),
+    (Switcher, "_transfer", "        ticket.wait()\n    except", "        pass\n    except"),
+]
+
+
+def all_checks() -> None:
+    test_a_block_keeps_its_copy_when_it_moves()
+    test_a_block_moves_to_where_a_dead_one_was_whose_copy_is_still_on_the_host()
+    for seed in range(2):
+        random_row(seed, LargeCache, 25)
+
+
+@pytest.mark.parametrize(("owner", "name", "old", "new"), MUTANTS)
+def test_a_mutant_is_noticed(owner, name, old, new, monkeypatch):
+    """One thing left out: a wait, a rename, a reference."""
+    source = textwrap.dedent(inspect.getsource(vars(owner)[name]))
+    assert source.count(old) == 1, source
+    source = source.replace(old, new).replace("super()", f"super({owner.__name__}, self)")
+    names = dict(vars(sys.modules[owner.__module__]))
+    exec(compile("from __future__ import annotations\n" + source, name, "exec"), names)
+    monkeypatch.setattr(owner, name, names[name])
+    with pytest.raises((AssertionError, KeyError, ak.Error, SwitchFailed)):
+        all_checks()
 
 
 @pytest.mark.parametrize("persistent", [False, True])

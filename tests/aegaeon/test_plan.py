@@ -24,6 +24,7 @@ def unit(
     needs_host: bool = False,
     holds_host: bool = False,
     order: int = 0,
+    shrunk: int | None = None,
 ) -> UnitView:
     return UnitView(
         model=model,
@@ -39,6 +40,7 @@ def unit(
         holds_host=holds_host,
         droppable=tag == "kv",
         order=order,
+        shrunk_bytes=None if shrunk is None else shrunk * MIB,
     )
 
 
@@ -273,3 +275,72 @@ def test_a_plan_makes_room_for_its_target_and_touches_nobody_it_may_not(pool):
     assert [units[index].model for index in result.bring_in] == [
         u.model for u in units if u.model == "m0" and not u.resident
     ]
+
+
+# -- caches that give back what they do not need ---------------------------------------------------
+
+
+def test_what_can_be_given_back_is_taken_before_anything_is_evicted():
+    units = [
+        unit("a", "weights", 10, cost=0),
+        unit("a", "kv", 20, shrunk=5),
+        unit("b", mapped=False, size=15),
+    ]
+    result = plan(units, "b", free=0)
+    assert (result.shrink, result.evict) == ((1,), ())
+
+
+def test_when_giving_back_does_not_suffice_something_is_evicted_too():
+    units = [
+        unit("a", "weights", 10, cost=10),
+        unit("a", "kv", 20, cost=10, shrunk=5),
+        unit("b", mapped=False, size=25),
+    ]
+    result = plan(units, "b", free=0)
+    # Per byte that it would still free, the cache has become the dearer one.
+    assert (result.shrink, result.evict) == ((1,), (0,))
+
+
+def test_what_is_evicted_is_not_shrunk_first():
+    units = [unit("a", "kv", 20, cost=1, shrunk=5), unit("b", mapped=False, size=20)]
+    result = plan(units, "b", free=0)
+    assert (result.shrink, result.evict) == ((), (0,))
+
+
+def test_a_shrunk_cache_takes_the_rest_of_its_range():
+    a = unit("a", "kv", 20, resident=False)
+    a = UnitView(**{**vars(a), "held_bytes": 5 * MIB})
+    result = plan([a, unit("b", size=30)], "a", free=15)
+    assert (result.bring_in, result.evict) == ((0,), ())
+    assert plan([a, unit("b", size=30)], "a", free=14).evict == (1,)
+
+
+sizes = st.integers(0, 20)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 20), sizes, sizes, st.booleans(), st.booleans()), max_size=6),
+    st.integers(1, 60),
+    st.integers(0, 20),
+)
+def test_a_plan_frees_enough_and_shrinks_no_more_than_it_must(caches, wanted, free):
+    units = [
+        unit(f"m{i}", "kv", size, cost=cost, shrunk=min(kept, size), busy=busy, pinned=pinned)
+        for i, (size, kept, cost, busy, pinned) in enumerate(caches)
+    ]
+    units.append(unit("target", size=wanted, mapped=False))
+    reachable = free + sum(u.size_bytes // MIB for u in units[:-1] if not u.pinned)
+    if reachable < wanted:
+        with pytest.raises(CapacityError):
+            plan(units, "target", free=free)
+        return
+    result = plan(units, "target", free=free)
+    freed = [units[index].size_bytes for index in result.evict]
+    spared = [units[index].spare_bytes for index in result.shrink]
+    missing = (wanted - free) * MIB
+    assert sum(freed) + sum(spared) >= missing
+    assert not set(result.evict) & set(result.shrink)
+    assert not any(units[index].pinned for index in (*result.evict, *result.shrink))
+    assert all(size > 0 for size in spared)
+    for size in (*freed, *spared):
+        assert sum(freed) + sum(spared) - size < missing, "one is not needed"

@@ -8,9 +8,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from aegaeon_kernels.kv import plan_compaction, plan_waves
 from aegaeon_kernels.kv_compact import Moves, MoveWaves
+from aegaeon_kernels.kv_layout import KVLayout, Plane, unused_ranges
 
 # -- compaction -----------------------------------------------------------------------------------
 
@@ -57,6 +60,48 @@ def test_compaction_of_random_occupancies(num_blocks: int, seed: int) -> None:
         lowest = max([len({*live.tolist(), *pinned.tolist()}), *(pinned + 1).tolist()])
         end = int(random.integers(lowest, num_blocks + 2))
         check_compaction(live, num_blocks, pinned.tolist(), end)
+
+
+@settings(deadline=None)
+@given(st.sets(st.integers(0, 300)), st.sets(st.integers(0, 300), max_size=5), st.integers(0, 50))
+def test_compaction_of_any_occupancy(live: set[int], pinned: set[int], more: int) -> None:
+    lowest = max([len(live | pinned), *(block + 1 for block in pinned)])
+    order = np.array(list(live), dtype=np.int64)
+    check_compaction(order, 301, sorted(pinned))
+    check_compaction(order, 301, sorted(pinned), lowest + more)
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 50), st.integers(0, 30), st.integers(1, 20)),
+        min_size=1,
+        max_size=4,
+    ),
+    st.integers(1, 12),
+    st.integers(1, 64),
+)
+def test_what_blocks_leave_free_is_all_that_they_leave_free(
+    rows: list[tuple[int, int, int]], num_blocks: int, alignment: int
+) -> None:
+    """Against a map of the bytes; layouts one by one, as caches that share an allocation have."""
+    size = 1024
+    layouts = [KVLayout((Plane(offset, page + gap),), page, 16, size) for offset, gap, page in rows]
+    used = np.zeros(size, dtype=bool)
+    for layout in layouts:
+        ((offset, stride),) = layout.planes
+        used[offset : offset + (num_blocks - 1) * stride + layout.block_bytes] = True
+    found = unused_ranges(layouts, num_blocks, size_bytes=size, alignment_bytes=alignment)
+    free = np.zeros(size, dtype=bool)
+    for begin, length in found:
+        assert begin % alignment == 0
+        assert (begin + length) % alignment == 0 or begin + length == size
+        assert not free[begin - 1 : begin].any(), "neighbours are one range"
+        free[begin : begin + length] = True
+    cuts = [*range(0, size, alignment), size]
+    expected = np.zeros(size, dtype=bool)
+    for begin, end in itertools.pairwise(cuts):
+        expected[begin:end] = not used[begin:end].any()
+    assert np.array_equal(free, expected)
 
 
 def fewest_moves(live: frozenset[int], pinned: frozenset[int], end: int) -> int:
