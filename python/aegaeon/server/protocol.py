@@ -43,6 +43,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._write_deadline: asyncio.TimerHandle | None = None
         self._in_head = True
         self._head_bytes = 0
+        self._silent = True
         self._refused = False
 
     # -- the connection --------------------------------------------------------------------
@@ -62,6 +63,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._refused:
             return
+        self._silent = False
         began_in_head = self._in_head
         super().data_received(data)
         if began_in_head and self._in_head and not self._refused:
@@ -120,6 +122,11 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.pipeline:
             # It waits behind an answer, and nobody reads it until that is complete.
             self._arm(self.limits.body_s)
+            return
+        if self._silent:
+            # Opened ahead by a client that may be about to use it: an answer would be taken for
+            # that of its request.
+            self.transport.close()
             return
         self._refuse(408, "request_timeout", "the request did not arrive in time")
 
