@@ -65,7 +65,7 @@ COMPOSITION = frozenset(
         "pool_check",
         "pool_reload",
         "roster",
-        "sim_cli",
+        *("sim_cli", "sim_pool"),
         "stop_request",
         "supervisor",
         "watched_files",

@@ -13,8 +13,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from aegaeon.core.config import load_pool
 from aegaeon.core.errors import CapacityError, ConfigError
 from aegaeon.core.units import parse_duration
+from aegaeon.core.yaml_source import read_yaml
 from aegaeon.sim.config import load_workload
 from aegaeon.sim.planner import PoolPlan, plan_dedicated, plan_pool
 from aegaeon.sim.presets import preset
@@ -98,7 +100,7 @@ def sim(
 def plan(
     pool_file: Annotated[
         Path | None,
-        typer.Argument(metavar="POOL.YAML", help="Models and kinds of GPUs, as for `aegaeon sim`."),
+        typer.Argument(metavar="POOL.YAML", help="A server's, or a file for `aegaeon sim`."),
     ] = None,
     workload: Annotated[
         str | None,
@@ -111,6 +113,10 @@ def plan(
     metric: Annotated[
         str, typer.Option(help="Of what: one of the names in `aegaeon sim --json`.")
     ] = "tokens_on_time",
+    gpu: Annotated[str, typer.Option(help="For a server's file; a wrong one lists them.")] = "H100",
+    rate: Annotated[
+        float, typer.Option(min=1e-9, help="For a server's file without a trace: per model.")
+    ] = 0.1,
     slo_scale: Annotated[float, typer.Option(min=1e-6, help="Multiplies all deadlines.")] = 1.0,
     seeds: Annotated[int, typer.Option(min=1, help="Workloads to average over.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="The plans as JSON.")] = False,
@@ -119,7 +125,7 @@ def plan(
 
     The numbers of GPUs in the file do not count, only their kinds.
     """
-    scenario = _planned(pool_file, workload).at_slo(slo_scale)
+    scenario = _planned(pool_file, workload, gpu, rate).at_slo(slo_scale)
     if metric not in METRICS:
         raise ConfigError(f"unknown metric {metric!r}; expected one of: {', '.join(METRICS)}")
     chosen = policy or ["slack", "paper", "request-level", "static"]
@@ -185,13 +191,19 @@ def _plans_table(
     return table
 
 
-def _planned(pool_file: Path | None, workload: str | None) -> Scenario:
+def _planned(pool_file: Path | None, workload: str | None, gpu: str, rate: float) -> Scenario:
     is_trace = workload is not None and workload.lower().endswith((".csv", ".jsonl"))
     if pool_file is None:
         if workload is None or is_trace:
             raise ConfigError("give a pool file, or a preset: --workload NAME")
         return preset(workload)
-    scenario, _ = load_workload(pool_file)
+    settings = read_yaml(pool_file).data
+    if isinstance(settings, dict) and "gpus" not in settings:
+        from aegaeon.sim_pool import scenario_of
+
+        scenario = scenario_of(load_pool(pool_file), pool_file.stem, gpu=gpu, rate=rate)
+    else:
+        scenario, _ = load_workload(pool_file)
     if workload is None:
         return scenario
     if not is_trace:

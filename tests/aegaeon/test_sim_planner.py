@@ -7,12 +7,15 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from sim_support import SMALL, model
 from typer.testing import CliRunner
 
 from aegaeon.cli import app
-from aegaeon.core.errors import CapacityError, ConfigError
+from aegaeon.core.config import load_pool
+from aegaeon.core.errors import CapacityError, ConfigError, ModelLoadError
 from aegaeon.core.slo import TokenDeadlines
 from aegaeon.sim import results
 from aegaeon.sim.planner import parts, plan_dedicated, plan_pool
@@ -23,6 +26,7 @@ from aegaeon.sim.study import Run, interval, simulate, simulate_all
 from aegaeon.sim.summary import summary
 from aegaeon.sim.traces import write_trace
 from aegaeon.sim.workload import Load, Scenario
+from aegaeon.sim_pool import scenario_of
 
 
 def three_large(**given: object) -> Scenario:
@@ -148,3 +152,37 @@ def test_the_command_plans_and_says_what_it_needs(tmp_path: Path):
     for wrong in (["plan"], [*given[:2], "--workload", "x"], [*given, "--metric", "x"],
                   [*given, "--policy", "x"]):  # fmt: skip
         assert isinstance(run(app, wrong).exception, ConfigError)
+
+
+def checkpoint(path: Path, **settings: int) -> None:
+    """What is read of one: sizes and shapes, no more."""
+    path.mkdir()
+    save_file({"w": np.zeros(3_000_000, np.float16)}, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps(settings))
+
+
+def test_a_servers_pool_file_is_planned_by_its_checkpoints(tmp_path: Path):
+    checkpoint(tmp_path / "a", num_hidden_layers=4, hidden_size=64, num_attention_heads=8)
+    checkpoint(
+        tmp_path / "b", num_hidden_layers=4, num_attention_heads=8, head_dim=16,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    path = tmp_path / "pool.yaml"
+    path.write_text(
+        "device_memory: 20GiB\nmodels:\n  - {model: a, kv_memory: 1GiB, slo: {ttft_ms: 500}}\n"
+        "  - {model: b, vllm: {tensor_parallel_size: 2}}\n"
+    )
+    scenario = scenario_of(load_pool(path), "pool", gpu="H100", rate=0.1)
+    first, second = scenario.models
+    assert first.weights_bytes == second.weights_bytes == 6_000_000
+    assert first.kv_bytes_per_token == 2 * 2 * 4 * 8 * 8
+    assert second.kv_bytes_per_token == 2 * 2 * 4 * 2 * 16
+    assert (first.deadlines.ttft_s, second.tp) == (0.5, 2)
+    assert [group.capacity_bytes >> 30 for group in scenario.groups] == [20, 40]
+    run = CliRunner().invoke
+    told = json.loads(run(app, ["plan", str(path), "--policy", "slack", "--json"]).output)
+    assert [each["num_gpus"] for each in told["plans"]] == [3, 3]
+    assert isinstance(run(app, ["plan", str(path), "--gpu", "x"]).exception, ConfigError)
+    (tmp_path / "a" / "config.json").write_text("{}")
+    with pytest.raises(ModelLoadError, match="does not tell its KV size"):
+        scenario_of(load_pool(path), "pool", gpu="H100", rate=0.5)
