@@ -1,8 +1,8 @@
 """What every model of a soak is asked, and when, counted in its own steps.
 
 An arrival or an abort belongs to a step of its model, not to a second: then the model has the same
-batches whether it is alone or one of many, and every bit of its answers is comparable. (In 16 bits
-the result of a row depends on how many rows are computed with it; see docs/coverage.md.)
+batches whether it is alone or one of many, and every bit of its answers is comparable, also where
+the numbers of a row depend on how many are computed with it.
 """
 
 import random

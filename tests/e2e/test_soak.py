@@ -122,14 +122,6 @@ def test_one_flipped_byte_is_found(what, tiny_models):
 
 
 @pytest.mark.soak
-def test_weights_in_another_format_are_found(tiny_models):
-    """Packed weights give the same numbers but for the last bits: alone must be compared alike."""
-    job = soak_job(tiny_models("llama", "qwen3"), seed=4, num_requests=40)
-    ours, alone = both({**job, "packed": True})
-    assert differences(ours, alone)
-
-
-@pytest.mark.soak
 def test_fifty_tiny_models_run_and_switch_in_one_instance(tiny_models):
     models = tiny_models("llama", "qwen2", "qwen3", "mistral")
     kv_memory = 4 << 20

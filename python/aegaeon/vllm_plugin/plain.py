@@ -60,9 +60,8 @@ def _generate(job: Mapping[str, Any]) -> dict[str, Any]:
         model=job["model"],
         max_model_len=job["max_model_len"],
         kv_cache_memory_bytes=job["kv_memory"],
-        enforce_eager=True,
         disable_log_stats=True,
-        **job.get("engine", {}),
+        **{"enforce_eager": True, **job.get("engine", {})},
     )
     engine_s = time.monotonic() - started
     outputs = _outputs(llm, job["requests"])

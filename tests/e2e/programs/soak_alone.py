@@ -1,7 +1,6 @@
 """Plain vLLM with one model at a time, to which a script is played; reports the answers.
 
-Nothing of ours is applied but what concerns the numbers of a CPU (`apply_numbers`); with `packed`
-in the job, weights are packed, as they are for vLLM on its own.
+Nothing of ours is applied but what concerns the numbers of a CPU (`apply_numbers`).
 """
 
 import json
@@ -38,10 +37,7 @@ if __name__ == "__main__":
     job = json.load(sys.stdin)
     from aegaeon.vllm_plugin import seams
 
-    if job.get("packed"):
-        seams.seeded_chunks.SEAM.apply()
-    else:
-        seams.apply_numbers()
+    seams.apply_numbers()
     answers = {name: play_alone(job, name) for name in job["models"]}
     sys.stdout.flush()
     print(json.dumps({"answers": answers}), flush=True)

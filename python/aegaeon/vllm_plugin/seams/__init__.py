@@ -38,8 +38,7 @@ SEAMS: tuple[Seam, ...] = (
     weights.SEAM,
 )
 
-# Of these, those that a CPU's numbers depend on: unpacked weights, whose sums have other last bits
-# than packed ones, and what mends wrong ones.
+# Of these, those that a CPU's numbers may depend on: unpacked weights, and what mends wrong ones.
 NUMBERS: tuple[Seam, ...] = (plain_weights.SEAM, seeded_chunks.SEAM, lora_base_rows.SEAM)
 
 _applied = False
