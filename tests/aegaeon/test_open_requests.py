@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
@@ -19,7 +20,7 @@ GONE = Unavailable("instance_restarting", "it ended by signal 9", retry_after_s=
 CHAT = "/v1/chat/completions"
 
 
-async def router_over(endpoint: Any, path: str = CHAT) -> Router:
+async def router_over(endpoint: Any, path: str = CHAT, lifespan: Any = None) -> Router:
     async def nothing() -> Any:
         return {}
 
@@ -29,7 +30,7 @@ async def router_over(endpoint: Any, path: str = CHAT) -> Router:
     router = Router(
         limits=Limits(max_body_bytes=1000, max_open_requests=9), metrics=nothing, states=nothing
     )
-    app = Starlette(routes=[Route(path, endpoint, methods=["POST"])])
+    app = Starlette(routes=[Route(path, endpoint, methods=["POST"])], lifespan=lifespan)
     await router.resume([ServedModel(name="m", aliases=(), app=app, cards=cards)])
     return router
 
@@ -178,6 +179,41 @@ def test_a_client_that_does_not_read_holds_up_nobody():
         await asyncio.wait_for(task, 2.0)
 
     asyncio.run(run())
+
+
+def test_an_application_ends_after_its_requests_and_what_they_left_behind():
+    """vLLM waits for a disconnect in a task of its own, which then looks at the application."""
+    seen: list[str] = []
+
+    async def leaves_a_task(request: Request) -> Response:
+        async def wait_for_disconnect() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+            seen.append("disconnect")
+
+        tasks.append(asyncio.create_task(wait_for_disconnect()))
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    tasks: list[asyncio.Task[None]] = []
+
+    @asynccontextmanager
+    async def lifespan(app):
+        yield
+        seen.append("application")
+
+    async def run() -> None:
+        router = await router_over(leaves_a_task, lifespan=lifespan)
+        transport = httpx.ASGITransport(router)
+        async with httpx.AsyncClient(transport=transport, base_url="http://pool") as client:
+            asking = asyncio.create_task(client.post(CHAT, json={"model": "m"}))
+            await asyncio.sleep(0.05)
+            await router.suspend(GONE)
+            assert (await asking).status_code == 503
+            await asyncio.gather(*tasks)
+
+    asyncio.run(run())
+    assert seen == ["disconnect", "application"]
 
 
 def test_who_cancels_the_request_from_elsewhere_still_can():

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.vllm
 
 SCALE = int(os.environ.get("AEGAEON_TEST_SCALE", "1"))
 NAMES = ("llama", "qwen3")
-STALLED_AFTER_S, RESTART_AFTER_S, START_TIMEOUT_S = 1.0, 6.0, 90.0
+STALLED_AFTER_S, RESTART_AFTER_S, START_TIMEOUT_S = 1.0, 6.0, 180.0
 
 
 def _points() -> list[str]:
@@ -115,6 +115,7 @@ def is_healthy(server: Chaotic) -> bool:
 
 def strike(server: Chaotic, point: str, signal_name: str) -> None:
     """Let it happen under load, and check all that has to hold afterwards."""
+    wait_until(lambda: is_healthy(server), timeout_s=300)  # whatever the one before has left
     old = instance_of(server.running.process.pid)
     family = [old, *old.children(recursive=True)]
     server.arm(point, signal_name)
@@ -129,7 +130,7 @@ def strike(server: Chaotic, point: str, signal_name: str) -> None:
         old.kill()
     elif point == "question":
         httpx.get(f"{server.running.address}/metrics", timeout=100)
-    wait_until(server.taken.exists, timeout_s=120)
+    wait_until(server.taken.exists, timeout_s=300)
     struck = time.monotonic()
     for thread in asking:
         thread.join(timeout=120)
@@ -142,7 +143,7 @@ def strike(server: Chaotic, point: str, signal_name: str) -> None:
             assert end.get("error") == "instance_restarting", (point, end)
     assert len(ends) == len(asking)
 
-    wait_until(lambda: is_healthy(server), timeout_s=120 + START_TIMEOUT_S)
+    wait_until(lambda: is_healthy(server), timeout_s=300 + START_TIMEOUT_S)
     wait_until(lambda: not any(process.is_running() for process in family))
     assert instance_of(server.running.process.pid) != old
     for name in NAMES:

@@ -12,7 +12,7 @@ import math
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -66,6 +66,8 @@ _STRING_OR_BRACKET = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[{\]}]')
 _PARSED_AT_ONCE_BYTES = 64 << 10
 # Of a name that does not exist; what a client sends is not sent back at any length.
 _SHOWN_NAME_CHARS = 128
+# For open requests to end in, before the applications behind them do.
+_ENDING_S = 1.5
 _STARTING = Unavailable("starting", "the models are being loaded", retry_after_s=5)
 _DRAIN_INTERVAL_S = 0.02
 _NO_ANSWER = Unavailable("instance_down", "the instance does not answer", retry_after_s=1)
@@ -147,8 +149,15 @@ class Router:
     async def suspend(self, why: Unavailable) -> None:
         """End the open requests with `why`, and answer later ones with it, until `resume`."""
         self._down = why
-        for request in list(self._open):
+        ending = list(self._open)
+        for request in ending:
             request.end(why)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_ENDING_S):
+                for request in ending:
+                    await request.over()
+                # What an application has left behind for a request looks at it once more.
+                await asyncio.sleep(_ENDING_S / 30)
         running, self._running = self._running, {}
         for application in reversed(running.values()):
             await _stop(application)

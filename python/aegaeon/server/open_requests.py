@@ -49,9 +49,20 @@ class OpenRequest:
         self._complete = False
         self._is_event_stream = False
         self._ended: Unavailable | None = None
+        self._over = asyncio.Event()
 
     async def run(self, application: Callable[[Send], Awaitable[None]]) -> None:
         """Run the application to its end, or to that of the request."""
+        try:
+            await self._run(application)
+        finally:
+            self._over.set()
+
+    async def over(self) -> None:
+        """Wait until `run` has ended."""
+        await self._over.wait()
+
+    async def _run(self, application: Callable[[Send], Awaitable[None]]) -> None:
         try:
             await application(self._relay)
         except asyncio.CancelledError:
