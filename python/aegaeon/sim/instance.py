@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import enum
 import math
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from heapq import heappush
 
 from aegaeon.core.slo import TokenRun
@@ -28,6 +28,7 @@ from aegaeon.sched.scheduler import (
     Turn,
 )
 from aegaeon.sched.step_loop import EMPTY_STEP_DELAY_S
+from aegaeon.sim.account import InstanceTotals, Span
 from aegaeon.sim.hardware import GpuGroup, Model, profile_of
 from aegaeon.sim.memory import DeviceMemory, Held
 from aegaeon.sim.queues import ModelQueue, SimRequest
@@ -61,39 +62,6 @@ class Hosted:
         self.blocked_until = 0.0
         self.last_run_s: float | None = None
         self.view: ModelView | None = None
-
-
-@dataclass(slots=True)
-class InstanceTotals:
-    """Seconds by what the device did; the rest is idle. `switches` by path; sums of bytes."""
-
-    prefill_s: float = 0.0
-    decode_s: float = 0.0
-    switch_s: float = 0.0
-    turns: int = 0
-    prefetches: int = 0
-    bytes_in: float = 0.0
-    bytes_out: float = 0.0
-    switches: Counter[str] = field(default_factory=Counter)
-
-    @property
-    def compute_s(self) -> float:
-        return self.prefill_s + self.decode_s
-
-    @property
-    def busy_s(self) -> float:
-        return self.compute_s + self.switch_s
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """What an instance did from `start_s` to `end_s`: kind is switch or run."""
-
-    instance: int
-    model: str
-    kind: str
-    start_s: float
-    end_s: float
 
 
 @dataclass(slots=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from aegaeon.core.errors import AegaeonError
-from aegaeon.sim.instance import Span
+from aegaeon.sim.account import Span
 
 COLOURS = {
     "slack": "#0072b2",

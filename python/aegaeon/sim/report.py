@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from aegaeon.sim.instance import Span
+from aegaeon.sim.account import Span
 from aegaeon.sim.plots import Line, lines, timeline
 from aegaeon.sim.study import Run, interval, simulate_all
 from aegaeon.sim.workload import Scenario

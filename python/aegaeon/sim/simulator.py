@@ -15,8 +15,9 @@ from aegaeon.core.slo import Attainment, TokenRun
 from aegaeon.sched.policies import POLICIES, make_policy
 from aegaeon.sched.policies.paper import BatchedDecoding, GroupedPrefill, Paper
 from aegaeon.sched.scheduler import Phase, Policy
+from aegaeon.sim.account import InstanceTotals, Span
 from aegaeon.sim.hardware import GB, GpuGroup, Model, profile_of
-from aegaeon.sim.instance import NEVER_S, Instance, InstanceTotals, Span
+from aegaeon.sim.instance import NEVER_S, Instance
 from aegaeon.sim.queues import SimRequest
 from aegaeon.sim.routing import Central, LateBinding, PaperRouter, Placed, Router, place
 
