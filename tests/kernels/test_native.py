@@ -9,16 +9,13 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from native_support import CSRC
 
-ROOT = Path(__file__).parents[2]
-CSRC = ROOT / "csrc"
-BUILD = ROOT / "build" / "native-tests"
 NAMES = re.findall(r'^    \{"(\w+)", \{', (CSRC / "tests" / "main.cpp").read_text(), re.MULTILINE)
 
 # What the core asks of a driver, in the text of csrc.
@@ -33,20 +30,6 @@ NOT_SWEPT = {
 }
 
 
-@pytest.fixture(scope="session")
-def program() -> Path:
-    configure = ["cmake", "-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja"]
-    configure += ["-DAEGAEON_WERROR=ON", "-DAEGAEON_BUILD_MODULE=OFF", "-DAEGAEON_BUILD_TESTS=ON"]
-    configure += [f"-DPython_EXECUTABLE={sys.executable}"]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    for command in (configure, ["cmake", "--build", str(BUILD)]):
-        done = subprocess.run(
-            command, env={**os.environ, "PATH": path}, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-    return BUILD / "csrc" / "tests" / "aegaeon_native_tests"
-
-
 def run(program: Path, *arguments: str) -> str:
     done = subprocess.run([program, *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
@@ -54,12 +37,12 @@ def run(program: Path, *arguments: str) -> str:
 
 
 @pytest.fixture(scope="session")
-def sweep(program: Path) -> str:
-    return run(program, "fault_sweep")
+def sweep(native_program: Path) -> str:
+    return run(native_program, "fault_sweep")
 
 
-def test_the_program_lists_the_tests_it_has(program: Path) -> None:
-    listed = [line.split()[0] for line in run(program, "--list").splitlines()]
+def test_the_program_lists_the_tests_it_has(native_program: Path) -> None:
+    listed = [line.split()[0] for line in run(native_program, "--list").splitlines()]
     assert listed == NAMES
     described = (CSRC / "tests" / "CMakeLists.txt").read_text()
     assert all(f"\n    {name}\n" in described or f"\n    {name})" in described for name in NAMES)
@@ -67,15 +50,15 @@ def test_the_program_lists_the_tests_it_has(program: Path) -> None:
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "fault_sweep"])
-def test_native(program: Path, name: str) -> None:
-    assert f"ok      {name}=" in run(program, name)
+def test_native(native_program: Path, name: str) -> None:
+    assert f"ok      {name}=" in run(native_program, name)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("name", NAMES)
-def test_native_at_length(program: Path, name: str) -> None:
-    output = run(program, "--soak", name)
+def test_native_at_length(native_program: Path, name: str) -> None:
+    output = run(native_program, "--soak", name)
     print(output)
     assert f"ok      {name}=" in output
 
@@ -120,8 +103,8 @@ def failed_in(program: Path, sweep: str) -> dict[tuple[str, str], list[int]]:
 
 @pytest.mark.skipif(shutil.which("addr2line") is None, reason="needs binutils")
 @pytest.mark.timeout(600)
-def test_every_place_that_calls_the_driver_has_failed(program: Path, sweep: str) -> None:
-    failed = failed_in(program, sweep)
+def test_every_place_that_calls_the_driver_has_failed(native_program: Path, sweep: str) -> None:
+    failed = failed_in(native_program, sweep)
     missing = [
         f"{name}:{number} {call}"
         for name, number, call in calls_in_the_text()
