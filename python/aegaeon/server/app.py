@@ -6,15 +6,13 @@ model is known.
 """
 
 import asyncio
-import json
 import logging
 import math
-import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from typing import Any
 
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import Message, Receive, Scope, Send
@@ -26,6 +24,7 @@ from aegaeon.server.errors import error_response
 from aegaeon.server.exchange import note_model
 from aegaeon.server.objectives import BadObjective, objectives, with_objectives
 from aegaeon.server.open_requests import OpenRequest, Unavailable
+from aegaeon.server.request_body import dumped, parsed, too_many_answers
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +58,6 @@ _TOKEN_ROUTES = frozenset(
 _BYTES_PER_TOKEN = 4
 _OPEN_ROUTES = frozenset({"/health", "/ready"})
 _OWN_ROUTES = _OPEN_ROUTES | {"/metrics", "/v1/models"}
-# Deeper nesting than any request needs; json's own limit would come much later.
-_MAX_JSON_DEPTH = 64
-_STRING_OR_BRACKET = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[{\]}]')
 # Parsing more than this is left to a thread, so that the streams of others go on meanwhile.
 _PARSED_AT_ONCE_BYTES = 64 << 10
 # Of a name that does not exist; what a client sends is not sent back at any length.
@@ -269,7 +265,7 @@ class Router:
         if not isinstance(body, bytes):
             return body
         at_once = len(body) <= _PARSED_AT_ONCE_BYTES
-        request = _parsed(body) if at_once else await asyncio.to_thread(_parsed, body)
+        request = parsed(body) if at_once else await asyncio.to_thread(parsed, body)
         if isinstance(request, Response):
             return request
         if self._down is not None:
@@ -300,7 +296,7 @@ class Router:
                 code="server_overloaded",
                 retry_after_s=1,
             )
-        too_many = _too_many_answers(self._limits.max_n, request)
+        too_many = too_many_answers(self._limits.max_n, request)
         if too_many is not None:
             return too_many
         if scope["path"] in _TOKEN_ROUTES:
@@ -317,7 +313,7 @@ class Router:
                 return self._unknown(name)  # removed while we waited
             if wanted:
                 changed = with_objectives(request, wanted)
-                body = _dumped(changed) if at_once else await asyncio.to_thread(_dumped, changed)
+                body = dumped(changed) if at_once else await asyncio.to_thread(dumped, changed)
                 scope = {**scope, "headers": _with_length(scope["headers"], len(body))}
         num_open[model.name] += 1
         open_request = OpenRequest(scope, receive, send)
@@ -432,73 +428,6 @@ def _out_of_service(name: str, reason: str) -> Response:
         code="model_out_of_service",
         param="model",
     )
-
-
-def _parsed(body: bytes) -> Mapping[str, Any] | Response:
-    """The request in a JSON body, which names its `model`; or what is wrong with it."""
-    if _nested_deeper_than(_MAX_JSON_DEPTH, body):
-        return error_response(
-            400, f"the body is nested deeper than {_MAX_JSON_DEPTH} levels", code="invalid_json"
-        )
-    try:
-        request = json.loads(body, parse_constant=_no_constant, object_pairs_hook=_once)
-    except (ValueError, RecursionError) as error:
-        return error_response(400, f"the body is not valid JSON: {error}", code="invalid_json")
-    if not isinstance(request, Mapping):
-        return error_response(400, "the body must be a JSON object", code="invalid_json")
-    name = request.get("model")
-    if not isinstance(name, str) or not name:
-        return error_response(
-            400, 'the body must name a model: "model": "..."', code="missing_model", param="model"
-        )
-    return request
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose keys all differ: which of two counts is for nobody to guess."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("an object has the same key twice")
-    return found
-
-
-def _too_many_answers(limit: int, request: Mapping[str, Any]) -> Response | None:
-    for key in ("n", "best_of"):
-        value = request.get(key)
-        if isinstance(value, int) and value > limit:
-            return error_response(
-                400,
-                f"{key}: got {_shortened(value)}; expected at most {limit}",
-                code="too_many_answers",
-                param=key,
-            )
-    return None
-
-
-def _shortened(value: int) -> str:
-    return str(value) if value.bit_length() < 64 else "a very large number"
-
-
-def _dumped(request: Mapping[str, Any]) -> bytes:
-    return json.dumps(request).encode()
-
-
-def _nested_deeper_than(limit: int, body: bytes) -> bool:
-    """Brackets outside of strings, counted before anything is built from them."""
-    depth = 0
-    for token in _STRING_OR_BRACKET.finditer(body):
-        match token[0]:
-            case b"[" | b"{":
-                depth += 1
-                if depth > limit:
-                    return True
-            case b"]" | b"}":
-                depth -= 1
-    return False
 
 
 def _headers(scope: Scope) -> dict[str, str]:
