@@ -18,7 +18,7 @@ def view(name: str, *, running: int = 0, missing: int = 0, work: Work = NO_WORK)
 
 
 def waiting(tokens: int, *, due_s: float) -> Work:
-    return Work(prefill_tokens=tokens, first_due_s=due_s)
+    return Work(prefill_tokens=tokens, first_dues_s=(due_s,))
 
 
 def first(*models: ModelView, ttft_s: float = 5.0, **options: object) -> float:

@@ -252,6 +252,15 @@ def test_who_can_still_be_on_time_runs_before_who_cannot():
     assert choice(view("late", due=-5.0, missing=1), view("a", due=90.0)) == "late"
 
 
+def test_a_late_token_does_not_speak_for_those_that_can_be_on_time():
+    requests = OpenRequests()
+    for i, due in enumerate((-5.0, 3.0, 50.0)):
+        requests.add(RequestView(f"r{i}", due - 1.0, 1, 0, True, 1.0, 0.1))
+    mixed = view("mixed")._replace(work=requests.work, num_running=3)
+    assert choice(mixed, view("a", due=4.0)) == "mixed"
+    assert choice(mixed, view("a", due=2.0)) == "a"
+
+
 def test_priorities_come_before_slack_and_starvation_before_priorities():
     urgent = view("urgent", due=50.0, priority=-1)
     assert choice(view("a", due=40.0), urgent) == "urgent"

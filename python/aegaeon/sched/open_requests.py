@@ -108,7 +108,7 @@ class OpenRequests:
     def _sum_up(self) -> Work:
         if not self:
             return NO_WORK
-        oldest = oldest_waiting = first_due = next_due = tpot = math.inf
+        oldest = oldest_waiting = tpot = math.inf
         prefill_tokens = context_tokens = first_prompt = 0
         priority: int | None = None
         for opened in self._waiting.values():
@@ -116,22 +116,20 @@ class OpenRequests:
             first_prompt = first_prompt or opened.context
             prefill_tokens += opened.context
             oldest_waiting = min(oldest_waiting, view.arrival_s)
-            first_due = min(first_due, opened.due)
             tpot = min(tpot, view.tpot_s)
             priority = view.priority if priority is None else min(priority, view.priority)
         for opened in self._decoding.values():
             view = opened.view
             context_tokens += opened.context
             oldest = min(oldest, view.arrival_s)
-            next_due = min(next_due, opened.due)
             tpot = min(tpot, view.tpot_s)
             priority = view.priority if priority is None else min(priority, view.priority)
         assert priority is not None
         return Work(
             oldest_arrival_s=min(oldest, oldest_waiting),
             oldest_waiting_s=oldest_waiting,
-            first_due_s=first_due,
-            next_due_s=next_due,
+            first_dues_s=tuple(sorted(opened.due for opened in self._waiting.values())),
+            next_dues_s=tuple(sorted(opened.due for opened in self._decoding.values())),
             tpot_s=tpot,
             priority=priority,
             first_prompt_tokens=first_prompt,

@@ -53,21 +53,31 @@ class Work:
     """The open requests of one model in sum, so that a decision costs nothing per request.
 
     oldest_arrival_s: of all open requests. oldest_waiting_s: of those not prefilled.
-    first_due_s: when the earliest next token of those not prefilled is due; next_due_s: of those
-    that decode. tpot_s: the tightest. priority: the most urgent (lowest).
+    first_dues_s: when the first tokens of those not prefilled are due, sorted; next_dues_s: the
+    next tokens of those that decode. tpot_s: the tightest. priority: the most urgent (lowest).
     first_prompt_tokens: prompt of the request that is prefilled next; prefill_tokens: of all that
     are not prefilled; context_tokens: prompts and outputs of those that decode.
     """
 
     oldest_arrival_s: float = math.inf
     oldest_waiting_s: float = math.inf
-    first_due_s: float = math.inf
-    next_due_s: float = math.inf
+    first_dues_s: tuple[float, ...] = ()
+    next_dues_s: tuple[float, ...] = ()
     tpot_s: float = math.inf
     priority: int = 0
     first_prompt_tokens: int = 0
     prefill_tokens: int = 0
     context_tokens: int = 0
+
+    @property
+    def first_due_s(self) -> float:
+        """When the earliest first token is due; never when none is."""
+        return self.first_dues_s[0] if self.first_dues_s else math.inf
+
+    @property
+    def next_due_s(self) -> float:
+        """When the earliest token of those that decode is due; never when none is."""
+        return self.next_dues_s[0] if self.next_dues_s else math.inf
 
 
 NO_WORK = Work()

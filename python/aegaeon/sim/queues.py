@@ -8,6 +8,7 @@ part of a run of equal steps, and a request is a pair of places in that record. 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, insort
 from collections import deque
 from heapq import heappop, heappush
 
@@ -50,7 +51,7 @@ class ModelQueue:
     """Waiting requests in order of arrival, decoding ones by when they end."""
 
     __slots__ = (
-        "_base_s",
+        "_bases",
         "_cut",
         "_ends",
         "_kv_tokens",
@@ -80,9 +81,9 @@ class ModelQueue:
         self._reserved = 0
         self._record: list[TokenRun] = []
         self._cut = 0
-        # Of the decoding ones: the earliest arrival, and the earliest due time at step 0.
+        # Of the decoding ones: the earliest arrival, and the due times at step 0, sorted.
         self._oldest_s = math.inf
-        self._base_s = math.inf
+        self._bases: list[float] = []
 
     @property
     def num_waiting(self) -> int:
@@ -147,8 +148,8 @@ class ModelQueue:
         request.base_s = request.arrival_s + self._ttft_s + (1 - self._steps) * self._tpot_s
         heappush(self._ends, (self._steps + request.output_tokens - 1, request.number, request))
         self.context_tokens += request.input_tokens + 1
+        insort(self._bases, request.base_s)
         self._oldest_s = min(self._oldest_s, request.arrival_s)
-        self._base_s = min(self._base_s, request.base_s)
 
     def decoded(self, start_s: float, gap_s: float, steps: int) -> list[SimRequest]:
         """`steps` steps, `gap_s` each, began at `start_s`; the requests that have ended with them.
@@ -191,12 +192,13 @@ class ModelQueue:
             return NO_WORK
         first = waiting[0] if waiting else None
         waiting_s = math.inf if first is None else first.arrival_s
+        shift = self._steps * self._tpot_s
         return Work(
             oldest_arrival_s=min(waiting_s, self._oldest_s),
             oldest_waiting_s=waiting_s,
-            first_due_s=waiting_s + self._ttft_s,
-            next_due_s=self._base_s + self._steps * self._tpot_s,
             tpot_s=self._tpot_s,
+            first_dues_s=tuple(request.arrival_s + self._ttft_s for request in waiting),
+            next_dues_s=tuple(base + shift for base in self._bases),
             priority=self._priority,
             first_prompt_tokens=0 if first is None else first.input_tokens,
             prefill_tokens=self.prefill_tokens,
@@ -204,12 +206,12 @@ class ModelQueue:
         )
 
     def _forget(self, ended: list[SimRequest]) -> None:
-        """Find the minima anew where one that has ended held them."""
+        """Keep the due times and the earliest arrival of those that are left."""
         ends = self._ends
+        for request in ended:
+            del self._bases[bisect_left(self._bases, request.base_s)]
         if not ends:
-            self._oldest_s = self._base_s = math.inf
+            self._oldest_s = math.inf
             return
         if any(request.arrival_s <= self._oldest_s for request in ended):
             self._oldest_s = min(request.arrival_s for _, _, request in ends)
-        if any(request.base_s <= self._base_s for request in ended):
-            self._base_s = min(request.base_s for _, _, request in ends)

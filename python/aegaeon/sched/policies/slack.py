@@ -2,7 +2,9 @@
 
 The slack of a model is the time that may pass before its switch must begin for its next token to
 be on time: due - now - switch - (prefill or step), with switch = 0 when nothing is missing. So the
-model that runs has an advantage over all others of exactly one switch.
+model that runs has an advantage over all others of exactly one switch. Of the tokens that its
+requests wait for, the first counts that can still be on time: one that is late already does not
+speak for the others.
 
 1. Whoever has waited longer than `max_wait_s` runs, longest first: nobody starves.
 2. Among those still on time that would be late after one more turn of another: least slack first.
@@ -16,6 +18,8 @@ runnable model: what is hot is shared step by step, what is far away in turns of
 """
 
 import math
+from bisect import bisect_left
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from aegaeon.sched.scheduler import ModelView, PoolState, Turn
@@ -23,7 +27,7 @@ from aegaeon.sched.scheduler import ModelView, PoolState, Turn
 Q_MAX_S = 4.0
 MAX_WAIT_S = 20.0
 # A turn of this many switch times spends 1 / (1 + OVERHEAD) of the device on switching.
-OVERHEAD = 8.0
+OVERHEAD = 2.0
 
 
 class _Candidate(NamedTuple):
@@ -82,14 +86,31 @@ def _weigh(view: ModelView, state: PoolState, now: float) -> _Candidate:
     work, costs = view.work, state.costs
     switch_s = costs.switch_s(view.missing_bytes)
     step_s = costs.step_s(view.name, max(1, view.num_running), work.context_tokens)
-    slack_s = work.next_due_s - step_s
+    slack_s = _slack_s(work.next_dues_s, now + switch_s + step_s)
     if view.num_waiting:
         first_s = costs.prefill_s(view.name, work.first_prompt_tokens)
-        slack_s = min(slack_s, work.first_due_s - first_s)
+        slack_s = _nearest(slack_s, _slack_s(work.first_dues_s, now + switch_s + first_s))
     since_s = work.oldest_arrival_s
     if view.last_run_s is not None:
         since_s = max(since_s, view.last_run_s)
-    return _Candidate(view, slack_s - now - switch_s, switch_s, now - since_s)
+    return _Candidate(view, slack_s, switch_s, now - since_s)
+
+
+def _slack_s(dues_s: Sequence[float], ready_s: float) -> float:
+    """Of the first token that can still be on time when the first is ready at `ready_s`; else of
+    the last that is late. dues_s: sorted.
+    """
+    if not dues_s:
+        return math.inf
+    index = bisect_left(dues_s, ready_s)
+    return dues_s[min(index, len(dues_s) - 1)] - ready_s
+
+
+def _nearest(slack_s: float, other_s: float) -> float:
+    """The smaller one of those that are on time, else the one that is less late."""
+    if slack_s >= 0 and other_s >= 0:
+        return min(slack_s, other_s)
+    return max(slack_s, other_s)
 
 
 def _evictable(view: ModelView) -> bool:
