@@ -81,16 +81,24 @@ def aegaeon_server(
 
 @contextmanager
 def vllm_server(
-    name: str, model: Path, folder: Path, *options: str, plain_weights: bool
+    name: str,
+    model: Path,
+    folder: Path,
+    *options: str,
+    plain_weights: bool,
+    kv_memory: int = KV_MEMORY,
+    max_model_len: int = MAX_MODEL_LEN,
+    eager: bool = True,
+    environment: Mapping[str, str] | None = None,
 ) -> Iterator[Server]:
-    """Stock vLLM's server with one model.
+    """Stock vLLM's server with one model; environment: variables to set for it.
 
     Started as the module that `vllm serve` ends in: the command itself asks for the metadata of a
     distribution called vllm, which the CPU wheel does not have.
     """
     folder.mkdir(parents=True, exist_ok=True)
     envs.set_vllm_defaults()
-    environment = envs.child_environment({"AEGAEON_ENABLE": None})
+    environment = envs.child_environment({"AEGAEON_ENABLE": None, **(environment or {})})
     if plain_weights:
         paths = [str(PLAIN_WEIGHTS), environment.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
@@ -99,8 +107,9 @@ def vllm_server(
         *(sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry"),
         *("--model", str(model)),
         *("--served-model-name", name, "--host", "127.0.0.1", "--port", str(port)),
-        *("--kv-cache-memory-bytes", str(KV_MEMORY), "--max-model-len", str(MAX_MODEL_LEN)),
-        *("--enforce-eager", "--no-enable-prefix-caching", "--disable-uvicorn-access-log"),
+        *("--kv-cache-memory-bytes", str(kv_memory), "--max-model-len", str(max_model_len)),
+        *("--no-enable-prefix-caching", "--disable-uvicorn-access-log"),
+        *(["--enforce-eager"] if eager else []),
         *options,
     ]
     started = time.monotonic()
