@@ -57,6 +57,8 @@ def corrupt(pool: OfflinePool, what: str) -> None:
                 flip_once_after_eviction(unit, unit.image, lambda at=at: at)
             if what == "kv" and isinstance(unit, KVUnit):
                 store = pool.switcher.kv_store.image
+                # Nothing stays on the device, where no image is read.
+                unit.shrunk_bytes = lambda unit=unit: unit.mapped_bytes  # type: ignore[method-assign]
                 flip_once_after_eviction(unit, store, lambda unit=unit: kv_offset(unit))
 
 
