@@ -25,6 +25,7 @@ struct Test {
 };
 
 std::map<std::string, Test> const kTests{
+    {"access_random", {access_random, 40, 40, 2'000}},
     {"alias_set_threads", {alias_set_threads, 2'000, 2'000, 100'000}},
     {"arena_random", {arena_random, 15, 60, 300}},
     {"arena_threads", {arena_threads, 20, 20, 2'000}},

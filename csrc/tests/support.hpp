@@ -64,6 +64,7 @@ inline std::byte* pointer(Address address) {
 }
 
 // size: what main.cpp's table says.
+void access_random(std::size_t size);
 void alias_set_threads(std::size_t size);
 void arena_random(std::size_t size);
 void arena_threads(std::size_t size);

@@ -1,5 +1,6 @@
 #include "vmm/quarantine.hpp"
 
+#include <mutex>
 #include <set>
 #include <utility>
 
@@ -11,9 +12,12 @@ Quarantine::Quarantine(std::shared_ptr<Driver> driver, HandlePool& pool, Events&
     : driver_(std::move(driver)), pool_(pool), free_events_(free_events) {}
 
 Quarantine::~Quarantine() {
-  for (auto& held : held_) {
-    bool may_be_written = held.filling || (held.work && !held.work->events.empty());
-    if (may_be_written) static_cast<void>(new auto(std::move(held)));
+  static auto& kept = *new std::pair<std::mutex, std::list<Held>>;  // of the whole process
+  std::lock_guard lock(kept.first);
+  for (auto it = held_.begin(); it != held_.end();) {
+    auto held = it++;
+    bool may_be_written = held->filling || (held->work && !held->work->events.empty());
+    if (may_be_written) kept.second.splice(kept.second.end(), held_, held);
   }
 }
 
