@@ -207,6 +207,7 @@ void leave_work(World& world) {
         world.driver->memset_async(world.made->address(), 1, kPage, world.stream.id()),
         "memset_async");
   world.made->record(world.stream.id());
+  check(*world.driver, world.driver->stream_synchronize(world.stream.id()), "stream_synchronize");
   world.driver->fail_call(1, "event_synchronize", 719, true);
   world.made.reset();
   require(world.arena->stats().quarantined_bytes == kUnit, "its memory is kept from all");
