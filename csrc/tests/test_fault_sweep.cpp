@@ -220,6 +220,7 @@ void drop_an_arena(World& world) {
   auto set = AliasSet::create(arena, kUnit, {"x", "y"}, "t", false);
   set->give("y", Contents::kZero);
   set->region("y")->record(world.stream.id());
+  check(*world.driver, world.driver->stream_synchronize(world.stream.id()), "stream_synchronize");
   set.reset();
 }
 
