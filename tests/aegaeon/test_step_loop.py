@@ -91,6 +91,9 @@ class JournalResidency:
         self.journal.append(f"prefetch {name}")
         return name != "no room"
 
+    def weights_bytes(self, name: str) -> int:
+        return 1000
+
     def let_go(self, name: str) -> None:
         self.journal.append(f"let go {name}")
         if self.failures.get(name, 0) > 0:
@@ -586,3 +589,17 @@ def test_an_idle_model_leaves_when_its_time_is_over_and_a_refusal_is_no_failure(
         loop.run_turn()
     assert engine.journal == ["switch to a", "a", "let go a", "let go a"]
     assert loop.counters.failed_models == 0
+
+
+def test_a_request_has_waited_since_it_came_to_the_server_and_not_since_it_was_first_polled():
+    class Late(CountingEngine):
+        def requests(self) -> list[EngineRequest]:
+            return [EngineRequest("r", 1, 0, True, age_s=3.0)]
+
+    loop, clock = make_loop(1, Late("a", 5, []))
+    clock.advance(100.0)
+    loop.run_turn()
+    loop.run_turn()
+    state, _ = loop.seen
+    assert state.models[0].work.oldest_arrival_s == 97.0
+    assert state.models[0].weights_bytes == 1000

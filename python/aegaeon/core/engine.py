@@ -26,6 +26,7 @@ class EngineRequest:
     """One open request of an engine. prefilled: its prompt is computed. priority: lower is first.
 
     tokens_done: output tokens so far. ttft_ms, tpot_ms: its own SLO; None: the model's.
+    age_s: since it came to the server.
     """
 
     id: str
@@ -35,6 +36,7 @@ class EngineRequest:
     priority: int = 0
     ttft_ms: float | None = None
     tpot_ms: float | None = None
+    age_s: float = 0.0
 
 
 class Engine(Protocol):
@@ -68,6 +70,9 @@ class Residency(Protocol):
 
     def missing_bytes(self, name: str) -> int:
         """What `activate` would copy in now; 0 when `name` is resident."""
+
+    def weights_bytes(self, name: str) -> int:
+        """The size of its weights, wherever they are."""
 
     def activate(self, name: str, evict_first: Sequence[str] = ()) -> None:
         """Make `name` resident and current.

@@ -57,7 +57,7 @@ class _Entry:
     blocked_until: float = 0.0
     failures: int = 0
     last_run_s: float | None = None
-    # When each open request was first seen here, and their sum as of the load it was made for.
+    # When each open request came, and their sum as of the load it was made for.
     arrived_s: dict[str, float] = field(default_factory=dict)
     summed: EngineLoad | None = None
     work: Work = NO_WORK
@@ -253,6 +253,7 @@ class StepLoop:
                     resident=self.residency.is_resident(name),
                     blocked_until=entry.blocked_until,
                     work=entry.work,
+                    weights_bytes=self.residency.weights_bytes(name),
                     missing_bytes=self.residency.missing_bytes(name),
                     last_run_s=entry.last_run_s,
                 )
@@ -273,7 +274,7 @@ class StepLoop:
         entry.arrived_s = {}
         requests = OpenRequests()
         for each in entry.engine.requests():
-            entry.arrived_s[each.id] = before.get(each.id, now)
+            entry.arrived_s[each.id] = before.get(each.id, now - each.age_s)
             requests.add(
                 RequestView(
                     id=each.id,

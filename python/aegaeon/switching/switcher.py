@@ -212,6 +212,10 @@ class Switcher:
         kv = sum(u.num_copies * u.slot_bytes for u in units if isinstance(u, KVUnit))
         return kv + sum(u.size_bytes - u.bytes_ahead for u in units if isinstance(u, WeightsUnit))
 
+    def weights_bytes(self, name: str) -> int:
+        units = self._models[name].units
+        return sum(unit.size_bytes for unit in units if isinstance(unit, WeightsUnit))
+
     def close(self) -> None:
         for name in list(self._models):
             self.remove_model(name)

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TypedDict
 
 import msgspec
 import zmq
@@ -219,6 +219,7 @@ def engine_load(scheduler: Any) -> EngineLoad:
 
 def engine_requests(scheduler: Any) -> Iterable[EngineRequest]:
     """The scheduler's open requests in order of arrival."""
+    now = time.time()  # vLLM notes the arrival by the wall clock, in the process that took it in
     for request in scheduler.requests.values():
         if not request.is_finished():
             yield EngineRequest(
@@ -229,12 +230,20 @@ def engine_requests(scheduler: Any) -> Iterable[EngineRequest]:
                 request.num_computed_tokens + 1 >= request.num_tokens
                 and request.num_output_tokens > 0,
                 request.priority,
+                age_s=max(0.0, now - request.arrival_time),
                 **own_objectives(request),
             )
 
 
-def own_objectives(request: Any) -> dict[str, float | None]:
-    """`ttft_ms` and `tpot_ms` that a request brought with it; None for what it did not."""
+class Objectives(TypedDict):
+    """A request's own SLO; None: the model's."""
+
+    ttft_ms: float | None
+    tpot_ms: float | None
+
+
+def own_objectives(request: Any) -> Objectives:
+    """What a request brought with it."""
     sampling = request.sampling_params  # None of what is pooled
     own = (sampling and sampling.extra_args) or {}
     return {
