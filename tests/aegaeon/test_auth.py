@@ -85,6 +85,95 @@ def test_a_file_that_changes_is_read_again_and_a_bad_one_changes_nothing(tmp_pat
     assert new not in caplog.text
 
 
+def test_a_keys_file_that_is_no_text_is_refused_without_being_shown(tmp_path):
+    file = tmp_path / "keys"
+    key = add_key(file, "alice")
+    file.write_bytes(file.read_bytes() + b"# s\xe9cret\n")
+    with pytest.raises(ConfigError, match="keys: not UTF-8 text") as caught:
+        ApiKeys(file)
+    assert "cret" not in repr(caught.value.__cause__) + str(caught.value)
+    with pytest.raises(ConfigError, match="not UTF-8 text"):
+        add_key(file, "bob")
+    assert key not in str(caught.value)
+
+
+def test_a_name_in_utf_8_is_read_whatever_the_locale_is(tmp_path):
+    file = tmp_path / "keys"
+    digest = hashlib.sha256(b"a key").hexdigest()
+    file.write_bytes(f"sha256:{digest} zo\u00eb\n".encode())
+    assert ApiKeys(file).allow("Bearer a key")
+
+
+def test_a_new_key_gets_a_line_of_its_own_behind_one_without_end(tmp_path):
+    file = tmp_path / "keys"
+    first = add_key(file, "first")
+    file.write_text(file.read_text().rstrip())
+    second = add_key(file, "second")
+    keys = ApiKeys(file)
+    assert keys.allow(f"Bearer {first}")
+    assert keys.allow(f"Bearer {second}")
+
+
+def test_a_file_that_is_no_text_changes_nothing_and_later_changes_are_seen(tmp_path, caplog):
+    file = tmp_path / "keys"
+    old = add_key(file, "old")
+    keys = ApiKeys(file)
+
+    async def run() -> None:
+        watching = asyncio.create_task(watch_files({file: keys.reload}))
+        await asyncio.sleep(0.3)
+        file.write_bytes(b"\xff")
+        await until(lambda: "stay as they were" in caplog.text)
+        assert keys.allow(f"Bearer {old}")
+        file.unlink()
+        new = add_key(file, "new")
+        await until(lambda: keys.allow(f"Bearer {new}"))
+        watching.cancel()
+
+    asyncio.run(run())
+
+
+def test_what_has_changed_before_the_watch_begins_is_seen(tmp_path):
+    file = tmp_path / "keys"
+    old = add_key(file, "old")
+    keys = ApiKeys(file)
+    file.unlink()
+    new = add_key(file, "new")  # as while models are loaded
+
+    async def run() -> None:
+        watching = asyncio.create_task(watch_files({file: keys.reload}))
+        await until(lambda: keys.allow(f"Bearer {new}"))
+        watching.cancel()
+
+    asyncio.run(run())
+    assert not keys.allow(f"Bearer {old}")
+
+
+def test_a_function_that_raises_does_not_end_the_watch(tmp_path, caplog):
+    bad, good = tmp_path / "bad", tmp_path / "good"
+    seen: list[str] = []
+
+    def fail() -> None:
+        seen.append(bad.read_text())
+        raise RuntimeError("on purpose")
+
+    async def run() -> None:
+        for file in (bad, good):
+            file.write_text("1")
+        files = {bad: fail, good: lambda: seen.append("good " + good.read_text())}
+        watching = asyncio.create_task(watch_files(files))
+        await until(lambda: "good 1" in seen)
+        await asyncio.sleep(0.3)
+        for file in (bad, good):
+            file.write_text("2")
+        await until(lambda: "2" in seen and "good 2" in seen)
+        watching.cancel()
+
+    asyncio.run(run())
+    assert "bad has changed and could not be taken on" in caplog.text
+    assert "on purpose" in caplog.text
+
+
 async def until(condition) -> None:
     async with asyncio.timeout(10):
         while not condition():

@@ -146,6 +146,67 @@ def test_a_connection_without_a_request_is_closed_without_a_word(port):
         assert rest_of(made) == b""
 
 
+KEPT = POST + b"Content-Length: 0\r\n\r\n"
+
+
+@contextmanager
+def kept_alive(port: int) -> Iterator[socket.socket]:
+    """A connection whose first request has been answered."""
+    with connect(port) as made:
+        made.sendall(KEPT)
+        answer = b""
+        while not answer.endswith(b"\r\n\r\n0"):
+            answer += made.recv(65536)
+        yield made
+
+
+@pytest.mark.parametrize("before", [b"", b"\r\n", b"\r\n\r\n"])
+def test_the_head_of_a_later_request_that_does_not_end_is_a_408(port, before):
+    with kept_alive(port) as made:
+        if before:
+            made.sendall(before)
+            time.sleep(0.05)
+        made.sendall(b"POST /len")
+        assert code_of(rest_of(made)) == (408, "request_timeout")
+
+
+def test_a_kept_connection_with_empty_lines_alone_is_closed_without_a_word(port):
+    began = time.monotonic()
+    with kept_alive(port) as made:
+        with suppress(BrokenPipeError, ConnectionResetError):
+            for _ in range(40):
+                made.sendall(b"\r\n")
+                time.sleep(0.03)
+        assert rest_of(made) == b""
+    assert time.monotonic() - began < 4.0
+
+
+def test_a_later_request_behind_an_empty_line_has_all_of_its_time():
+    class Patient(Small):
+        limits = ConnectionLimits(head_s=1.0)
+
+    with (
+        tcp_listener("127.0.0.1", 0) as listener,
+        serving(listener, Patient),
+        kept_alive(listener.getsockname()[1]) as made,
+    ):
+        made.sendall(b"\r\n")
+        time.sleep(0.6)
+        made.sendall(POST + CLOSE)
+        time.sleep(0.6)
+        made.sendall(b"Content-Length: 3\r\n\r\nabc")
+        assert rest_of(made).endswith(b"3")
+
+
+def test_a_body_that_was_answered_before_it_came_leaves_no_connection_without_a_timer(port):
+    with connect(port) as made:
+        made.sendall(b"POST /nowhere HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\n")
+        assert made.recv(65536).startswith(b"HTTP/1.1 404")
+        time.sleep(0.1)
+        made.sendall(b"abc")
+        assert rest_of(made) in (b"", b"Not Found")
+
+
 def test_a_body_that_does_not_end_is_a_408(port):
     answer = exchange(port, POST + b"Content-Length: 100\r\n\r\nabc")
     assert code_of(answer) == (408, "request_timeout")

@@ -100,19 +100,27 @@ def add_key(path: Path, name: str) -> str:
         raise ValueError(
             f"name: got {name!r}; expected letters, digits and . _ @ -, at most 64 characters"
         )
-    if path.exists() and path.read_text().strip():
+    before = path.read_bytes() if path.exists() else b""
+    if before.strip():
         _read(path)
     key = KEY_PREFIX + secrets.token_urlsafe(_KEY_BYTES)
     line = f"sha256:{hashlib.sha256(key.encode()).hexdigest()} {name}\n"
+    if before and not before.endswith(b"\n"):
+        line = "\n" + line  # not a part of the line that an editor left unfinished
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    with os.fdopen(descriptor, "a") as file:
+    with os.fdopen(descriptor, "a", encoding="utf-8") as file:
         file.write(line)
     return key
 
 
 def _read(path: Path) -> tuple[_Known, ...]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        # Without its cause, which holds the bytes.
+        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from None
     known = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         text = line.strip()
         if not text or text.startswith("#"):
             continue

@@ -21,7 +21,8 @@ _UCRED = struct.Struct("3i")  # pid, uid, gid
 class ConnectionLimits:
     """What one connection may take, in bytes and seconds.
 
-    head_s: from its opening, or the first byte of a later request, to the end of the headers.
+    head_s: from its opening, or the first byte of a later request, to the end of the headers; also
+    from bytes between two requests, which belong to none, to the beginning of the next one.
     body_s: from there to the end of the body. write_s: without reading any of what was sent.
     """
 
@@ -72,6 +73,10 @@ class BoundedProtocol(HttpToolsProtocol):
             self._head_bytes += len(data)
             if self._head_bytes > self.limits.max_head_bytes:
                 self._refuse_head()
+        if self._deadline is None and self._between_requests() and not self._refused:
+            # uvicorn's timer of an idle connection has ended with these bytes, and they have not
+            # begun a request: an empty line, or the end of a body that was answered before it came.
+            self._arm(self.limits.head_s)
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -85,9 +90,10 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._in_head, self._head_bytes = True, 0
-        if self._deadline is None:
+        # The first one's time runs since the connection was opened.
+        if self._deadline is None or not self._in_head:
             self._arm(self.limits.head_s)
+        self._in_head, self._head_bytes = True, 0
 
     def on_headers_complete(self) -> None:
         self._in_head = False
@@ -123,9 +129,9 @@ class BoundedProtocol(HttpToolsProtocol):
             # It waits behind an answer, and nobody reads it until that is complete.
             self._arm(self.limits.body_s)
             return
-        if self._silent:
-            # Opened ahead by a client that may be about to use it: an answer would be taken for
-            # that of its request.
+        if self._silent or (self._between_requests() and not self._in_head):
+            # Opened ahead, or kept, by a client that may be about to use it: an answer would be
+            # taken for that of its request.
             self.transport.close()
             return
         self._refuse(408, "request_timeout", "the request did not arrive in time")
@@ -153,6 +159,10 @@ class BoundedProtocol(HttpToolsProtocol):
                 % (status, http.HTTPStatus(status).phrase.encode(), len(body), retry, body)
             )
         self.transport.close()
+
+    def _between_requests(self) -> bool:
+        """All that was asked is answered; the head of another request may be on its way."""
+        return self.cycle is not None and self.cycle.response_complete and not self.pipeline
 
     def _arm(self, seconds: float) -> None:
         self._disarm()

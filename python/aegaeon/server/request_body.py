@@ -11,7 +11,29 @@ from aegaeon.server.errors import error_response
 
 # Deeper nesting than any request needs; json's own limit would come much later.
 _MAX_JSON_DEPTH = 64
-_STRING_OR_BRACKET = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[{\]}]')
+# Possessive, and a string that does not end is one to the end of the body: each byte is looked at
+# once, whatever the body is.
+_STRING_OR_BRACKET = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+\\?"?|[\[{\]}]', re.DOTALL)
+
+# How many answers one request may ask for over all of its prompts, if `server.max_n` is not more.
+MAX_ANSWERS = 256
+# How many texts one request may have embedded, scored or classified: as OpenAI's API allows.
+MAX_TEXTS = 2048
+_GENERATED_FROM = ("prompt", "prompt_embeds")
+# Each of these is one text, one conversation, or a list of such.
+_POOLED_FROM = ("input", "messages")
+# Each element of these is a text, whatever its form.
+_TEXTS = (
+    *("texts", "images", "inputs", "documents", "queries", "items"),
+    *("data_1", "data_2", "text_1", "text_2"),
+)
+_JSON_TYPES = {
+    bool: "a boolean",
+    float: "a number with a fraction or an exponent",
+    str: "a string",
+    list: "a list",
+    dict: "an object",
+}
 
 
 def parsed(body: bytes) -> Mapping[str, Any] | Response:
@@ -47,17 +69,69 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def too_many_answers(limit: int, request: Mapping[str, Any]) -> Response | None:
-    """The refusal of a request that asks for more than `limit` answers at once."""
+    """The refusal of a request for more than `limit` answers to a prompt, or of too many prompts.
+
+    What is too many: see MAX_ANSWERS and MAX_TEXTS. A number of answers that is not an integer is
+    refused too: vLLM would take "1000" and 1000.0 for one.
+    """
+    answers = 1
     for key in ("n", "best_of"):
         value = request.get(key)
-        if isinstance(value, int) and value > limit:
+        if value is None:
+            continue
+        if type(value) is not int:
+            return error_response(
+                400,
+                f"{key}: got {_JSON_TYPES[type(value)]}; expected an integer",
+                code="not_an_integer",
+                param=key,
+            )
+        if value > limit:
             return error_response(
                 400,
                 f"{key}: got {_shortened(value)}; expected at most {limit}",
                 code="too_many_answers",
                 param=key,
             )
+        answers = max(answers, value)
+    return _too_many_prompts(max(limit, MAX_ANSWERS), answers, request)
+
+
+def _too_many_prompts(limit: int, answers: int, request: Mapping[str, Any]) -> Response | None:
+    for key in _GENERATED_FROM:
+        count = _num_prompts(request.get(key))
+        if count * answers > limit:
+            each = f" with {answers} answers each" if answers > 1 else ""
+            return error_response(
+                400,
+                f"{key}: got {count} prompts{each}; expected at most {limit} answers in one "
+                f"request: send several requests",
+                code="too_many_prompts",
+                param=key,
+            )
+    for key in (*_POOLED_FROM, *_TEXTS):
+        value = request.get(key)
+        count = _num_prompts(value)
+        if key in _TEXTS and isinstance(value, list):
+            count = len(value)
+        if count > MAX_TEXTS:
+            return error_response(
+                400,
+                f"{key}: got {count} texts; expected at most {MAX_TEXTS} in one request: send "
+                f"several requests",
+                code="too_many_prompts",
+                param=key,
+            )
     return None
+
+
+def _num_prompts(value: object) -> int:
+    """A list of texts or of lists is several; one of token ids or of messages is one.
+
+    The first element decides: vLLM refuses a list that mixes them.
+    """
+    several = isinstance(value, list) and value and isinstance(value[0], str | list)
+    return len(value) if isinstance(value, list) and several else 1
 
 
 def _shortened(value: int) -> str:
