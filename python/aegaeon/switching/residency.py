@@ -49,6 +49,7 @@ class Unit(ABC):
         self.region = region
         # Mapped memory whose bytes are not (yet) the model's does not count as resident.
         self._valid = False
+        self._added: list[ByteRange] = []  # what the last `map` has mapped, until all is well
 
     @property
     def size_bytes(self) -> int:
@@ -87,15 +88,37 @@ class Unit(ABC):
         """Some bytes are not: what was being written on the host is worth nothing."""
 
     def unmap(self) -> None:
-        """Give the memory back; the address range stays. On failure nothing has changed."""
+        """Give the memory back; the address range stays.
+
+        On failure nothing has changed, unless the way back failed too and bytes are lost: then it
+        is not resident, and holds nothing, until it has been mapped and loaded again.
+        """
         if self.region.mapped_bytes:
-            self.region.unmap()
+            try:
+                self.region.unmap()
+            except ak.DriverError as error:
+                if error.lost_contents:
+                    self._valid = False
+                raise
         self._valid = False
+        self._added = []
 
     def map(self) -> None:
-        if not self.region.mapped_bytes:
-            # What is read is loaded or, of new KV blocks, zeroed by the engine before that.
-            self.region.map(contents="preserve")
+        """Map what is not mapped, all of it or nothing; what is mapped keeps its bytes."""
+        self._added = []
+        at = 0
+        gaps: list[ByteRange] = []
+        for offset, size in (*self.region.mapped_ranges(), (self.size_bytes, 0)):
+            if offset > at:
+                gaps.append(ByteRange(at, offset - at))
+            at = offset + size
+        if not gaps:
+            return
+        with self.region.arena.transaction() as transaction:
+            for offset, size in gaps:
+                # What is read is loaded or, of new KV blocks, zeroed by the engine before that.
+                transaction.map(self.region, offset, size, contents="preserve")
+        self._added = gaps
 
     def undo_map(self) -> None:
         """After a `map` that led to nothing: as before it, as far as that is of use."""
@@ -108,6 +131,7 @@ class Unit(ABC):
     def finish_load(self) -> None:
         """The copy has ended well: the bytes are the model's."""
         self._valid = True
+        self._added = []
 
     def give_up_load(self) -> None:
         """The copy has failed: what is on the device is worth nothing."""
@@ -354,23 +378,18 @@ class KVUnit(Unit):
             for offset, size in self._unused(self._num_needed()):
                 transaction.unmap(self.region, offset, size)
 
-    def map(self) -> None:
-        if not self.holds_bytes:
-            super().map()
-            return
-        with self.region.arena.transaction() as transaction:
-            at = 0
-            for offset, size in (*self.region.mapped_ranges(), (self.size_bytes, 0)):
-                if offset > at:
-                    transaction.map(self.region, at, offset - at, contents="preserve")
-                at = offset + size
-
     def undo_map(self) -> None:
         """After a `map` that led to nothing: what was on the device before stays there."""
         if not self.holds_bytes:
             super().undo_map()
-        elif self.resident:
-            self.give_back()
+            return
+        # Not what no live block needs: since it shrank, requests may have ended whose blocks lay
+        # before those of others.
+        added, self._added = self._added, []
+        if added:
+            with self.region.arena.transaction() as transaction:
+                for offset, size in added:
+                    transaction.unmap(self.region, offset, size)
 
     def _num_needed(self) -> int:
         """One more than the highest id after `compact`; 0 when no block is live."""

@@ -265,11 +265,11 @@ class Switcher:
                 num_compacted = self._compact(to_shrink)
                 for unit in to_shrink:
                     assert isinstance(unit, KVUnit)
+                    evicted.append(unit)
                     unit.give_back()
-                    evicted.append(unit)
                 for unit in victims:
-                    unit.unmap()
                     evicted.append(unit)
+                    unit.unmap()
             with self._phase(phases, "map"):
                 for unit in incoming:
                     unit.map()
@@ -328,8 +328,8 @@ class Switcher:
             self.quiesce()
             self.totals.bytes_out += self._save(victims)
             for unit in victims:
-                unit.unmap()
                 evicted.append(unit)
+                unit.unmap()
         except ak.Error as error:
             self._undo((), evicted)
             raise SwitchFailed(f"could not evict {name!r}: {error}") from error
@@ -562,6 +562,8 @@ class Switcher:
                 # Its memory stays mapped without counting as resident: the next try reloads it.
                 logger.warning(f"cannot unmap {unit.tag} while undoing a switch: {error}")
         for unit in evicted:
+            if unit.resident:
+                continue  # it was the one that failed, and has lost nothing
             try:
                 unit.map()
                 self._load([unit])
