@@ -20,7 +20,7 @@ from aegaeon.core.slo import TokenDeadlines, TokenRun
 from aegaeon.sim.simulator import Request
 from aegaeon.sim.workload import Arrivals, Lengths
 
-# Repeated for as long as a prompt is to be, from another place each time.
+# Prompts are drawn from its tokens at random: none begins as another, no prefix is cached.
 _TEXT = (
     "In the old harbour, between the fish market and the customs house, a clerk counted barrels, "
     "wrote their marks into a ledger and wondered which of the ships would be the next to leave. "
@@ -161,8 +161,7 @@ async def run(
 
 
 def _prompt(served: ServedTarget, num_tokens: int, dice: Random) -> list[int]:
-    start, ids = dice.randrange(len(served.token_ids)), served.token_ids
-    return [ids[(start + index) % len(ids)] for index in range(num_tokens)]
+    return [dice.choice(served.token_ids) for _ in range(num_tokens)]
 
 
 async def _one(

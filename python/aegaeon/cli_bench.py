@@ -50,7 +50,7 @@ def serve(
         Path | None, typer.Option(help="A .csv or .jsonl of requests, instead of generated ones.")
     ] = None,
     duration: Annotated[
-        float, typer.Option(min=0.1, help="Seconds in which requests are sent.")
+        float, typer.Option(min=0.1, help="Seconds in which requests are sent; a trace is cut.")
     ] = 60.0,
     ttft_ms: Annotated[float, typer.Option(min=1e-3, help="Objective.")] = 10_000.0,
     tpot_ms: Annotated[float, typer.Option(min=1e-3, help="Objective.")] = 100.0,

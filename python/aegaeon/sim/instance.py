@@ -379,6 +379,9 @@ class Instance:
         if segment.decodes:
             ended = queue.decoded(segment.start_s, segment.gap_s, segment.steps)
             for request in ended:
+                # As if all of it had been saved: never too few bytes go out.
+                tokens = request.input_tokens + request.output_tokens
+                hosted.held.saved_tokens -= min(hosted.held.saved_tokens, tokens)
                 self._on_end(request, queue.runs_of(request), now)
             queue.trim()
             if ended and hosted.parked:

@@ -163,14 +163,7 @@ def _attained(scenario: Scenario, policy: str, metric: str, seeds: Sequence[int]
 
 
 def _sized(scenario: Scenario, instances: int) -> Scenario:
-    group = scenario.groups[0]
-    prefill = min(instances - 1, max(1, round(instances * _prefill_share(group))))
-    sized = replace(group, instances=instances, num_prefill=max(0, prefill))
-    return scenario.on([sized])
-
-
-def _prefill_share(group: GpuGroup) -> float:
-    return group.num_prefill / group.instances if group.num_prefill else 6 / 16
+    return scenario.on([scenario.groups[0].sized(instances)])
 
 
 def _limits(

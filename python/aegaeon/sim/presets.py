@@ -142,8 +142,8 @@ def production_47(*, gpus_tp1: int = 4, gpus_tp4: int = 8, rate_factor: float = 
             for i, model in enumerate(models)
         ),
         (
-            GpuGroup(GPUS["H20"], gpus_tp1, num_prefill=1 if gpus_tp1 > 1 else 0),
-            GpuGroup(GPUS["H20"], gpus_tp4 // 4, tp=4, num_prefill=1 if gpus_tp4 > 4 else 0),
+            GpuGroup(GPUS["H20"], gpus_tp1),
+            GpuGroup(GPUS["H20"], gpus_tp4 // 4, tp=4),
         ),
         duration_s=600.0,
     )

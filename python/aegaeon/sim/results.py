@@ -163,7 +163,7 @@ def _models_section(study: Study, plots: Path) -> str:
                     most = study.most(numbers, *before, policy=policy, level=level, metric=metric)
                     row.append(_count(most, numbers))
             most = study.most(numbers, *before, policy=policy)
-            row.append(f"{most / 16:.1f}")
+            row.append(_bound(most, numbers) + f"{most / 16:.1f}")
             rows.append(row)
         text.append(f"Requests per second and model: {rate:g}. Most models with attainment of\n")
         head = ["", *(f"{name} {level:.0%}" for name in ("tokens", "requests", "artefact")
@@ -190,7 +190,20 @@ def _models_section(study: Study, plots: Path) -> str:
 def _count(most: float, numbers: Sequence[float]) -> str:
     if most == 0:
         return f"< {min(numbers)}"
-    return f">= {most:.0f}" if most >= max(numbers) else f"{most:.0f}"
+    return _bound(most, numbers) + f"{most:.0f}"
+
+
+def _bound(most: float, numbers: Sequence[float]) -> str:
+    return ">= " if most >= max(numbers) else ""
+
+
+def _against(ours: float, best: float) -> str:
+    """A ratio of which either side may only be known to be at least so much."""
+    most = max(STRICT_MODELS)
+    if ours >= most and best >= most:
+        return "-"
+    bound = ">= " if ours >= most else "<= " if best >= most else ""
+    return f"{bound}{ours / best - 1:+.0%}"
 
 
 def _slo_section(study: Study, plots: Path) -> str:
@@ -201,7 +214,7 @@ def _slo_section(study: Study, plots: Path) -> str:
         best = max(most["request-level"], most["static"], 1.0)
         rows.append([
             f"{scale:g}x", *(_count(most[p], STRICT_MODELS) for p in POLICIES),
-            f"{most['paper'] / best - 1:+.0%}", f"{most['slack'] / best - 1:+.0%}",
+            _against(most["paper"], best), _against(most["slack"], best),
             published[scale],
         ])  # fmt: skip
     curves = {

@@ -290,6 +290,9 @@ def check_fits(models: Sequence[Model], groups: Sequence[GpuGroup]) -> None:
         if not any(group.tp == tp for group in groups):
             names = ", ".join(model.name for model in models if model.tp == tp)
             faults.append(f"no GPUs with tp {tp}, which these models want: {names}")
+    for tp in sorted({group.tp for group in groups}):
+        if sum(group.tp == tp for group in groups) > 1:
+            faults.append(f"several entries of `gpus` have tp {tp}; expected one for each tp")
     for group in groups:
         for model in models:
             if model.tp == group.tp and model.device_bytes > group.capacity_bytes:

@@ -14,7 +14,7 @@ speak for the others.
 
 Priorities come before slack in 2 to 4. A turn lasts until somebody else's slack is used up, at
 least as long as its own switch took (against thrashing), at most OVERHEAD switches of the costliest
-runnable model: what is hot is shared step by step, what is far away in turns of up to `q_max_s`.
+runnable model and `q_max_s`: what is hot is shared step by step, what is far away in longer turns.
 """
 
 import math
