@@ -67,6 +67,7 @@ class InstanceProcess:
         self._answers: dict[int, asyncio.Future[Any]] = {}
         self._next_question = 0
         self._loaded: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+        self._stopped = False
         self._died = asyncio.Event()
         self._failure: AegaeonError | None = None
         # Models out of service, and why.
@@ -211,7 +212,13 @@ class InstanceProcess:
             _kill_group(self._process.pid)
 
     def stop(self) -> None:
-        """End the process, politely, then not, and what it has started; none is left afterwards."""
+        """End the process, politely, then not, and what it has started; none is left afterwards.
+
+        Does nothing when it has been stopped before.
+        """
+        if self._stopped:
+            return
+        self._stopped = True
         self._outgoing.put({"ask": "stop"})
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=STOP_GRACE_S)

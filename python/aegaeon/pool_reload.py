@@ -14,6 +14,8 @@ from aegaeon.server.admin import Models
 
 logger = logging.getLogger(__name__)
 
+RETRY_S = 5.0
+
 
 @dataclass(frozen=True)
 class PoolSource:
@@ -27,8 +29,8 @@ class PoolReload:
     """Takes on what has changed in the file, and says what; else the last good one stays.
 
     pool: what is served now. apply: has the parts of the server act on a pool that differs from it
-    in live keys only; it may raise AegaeonError and TimeoutError, and is then asked again with the
-    next change. models: where models come and go.
+    in live keys only; it may raise AegaeonError and TimeoutError, and is then asked again after
+    RETRY_S. models: where models come and go.
     """
 
     def __init__(
@@ -75,7 +77,9 @@ class PoolReload:
         try:
             await self._apply(self._pool, effective)
         except (AegaeonError, TimeoutError) as error:
-            logger.error("%s could not be taken on: %s", self._name, error)
+            reason = str(error) or "the instance does not answer"
+            logger.error("%s could not be taken on, yet: %s", self._name, reason)
+            asyncio.get_running_loop().call_later(RETRY_S, self.changed)
             return
         self._pool = effective
         for change in found:

@@ -38,6 +38,8 @@ class Roster:
         self._router = router
         self._metrics = metrics
         self._changing = asyncio.Lock()
+        # Not served any more, and not out of the instance yet.
+        self._left: set[str] = set()
 
     async def add(self, entry: Mapping[str, Any]) -> dict[str, Any]:
         """Load one more model, while the others wait, and serve it; its description.
@@ -48,6 +50,8 @@ class Roster:
         """
         async with self._changing:
             instance = self._supervisor.ready_instance()
+            for left in sorted(self._left):
+                await self._withdraw(instance, left)
             pool = self._pool.model_copy(update={"models": self._supervisor.models})
             pool = with_model(pool, entry)
             await asyncio.to_thread(check_pool, pool)
@@ -61,9 +65,12 @@ class Roster:
             try:
                 serving = self._front.serve(model, addresses)
                 await self._router.add(await instance.unless_it_dies(serving))
-            except BaseException:
+            except BaseException as error:
                 await self._withdraw(instance, model.name)
-                raise
+                if isinstance(error, AegaeonError) or not isinstance(error, Exception):
+                    raise
+                # Whatever vLLM's application raises when it is built.
+                raise OrderRefused(f"{model.name!r} cannot be served: {error!r}") from error
             self._supervisor.host(model)
             self._metrics.add(model.name)
             logger.info("the model %s has come", model.name)
@@ -88,6 +95,7 @@ class Roster:
             logger.info("the model %s has gone", name)
 
     async def _withdraw(self, instance: InstanceProcess, name: str) -> None:
+        self._left.discard(name)
         self._front.leave(name)
         instance.failures.pop(name, None)  # the name is free
         for _ in range(_ABORT_TRIES):
@@ -100,4 +108,5 @@ class Roster:
             except AegaeonError as error:
                 logger.warning("the model %s is not removed from the instance: %s", name, error)
                 return
+        self._left.add(name)
         logger.warning("the model %s stays in the instance: it has requests without a client", name)

@@ -19,6 +19,9 @@ _STOPPING = Unavailable("stopping", "the server ends")
 _LOOK_INTERVAL_S = 0.05
 
 
+_NO_INSTANCE = Unavailable("instance_down", "the instance cannot be kept running; the server ends")
+
+
 class StopRequest:
     """SIGTERM drains: open requests may end first. SIGINT, or a second signal, does not wait.
 
@@ -43,8 +46,7 @@ class StopRequest:
     def after(self, task: "asyncio.Task[None]") -> None:
         """End the server because `task` has ended, which it never should."""
         if not task.cancelled():
-            error = task.exception()
-            self._begin(self._end(Unavailable("instance_down", str(error))))
+            self._begin(self._end(_NO_INSTANCE))
 
     def _arrived(self, number: int) -> None:
         if self._server is None:

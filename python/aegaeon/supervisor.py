@@ -8,9 +8,11 @@ from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aegaeon.core.changes import LIVE_MODEL_KEYS
 from aegaeon.core.config import ModelConfig, PoolConfig
 from aegaeon.core.errors import (
     AegaeonError,
+    InstanceDied,
     InstanceUnavailable,
     OrderRefused,
     RestartsExhausted,
@@ -126,8 +128,6 @@ class Supervisor:
                 if delay_s:
                     logger.info("the next start of the instance is in %g s", delay_s)
                 await asyncio.sleep(delay_s)
-                self.instance = self._spawn()
-                self.instance.watch()
                 failed = await self._failure_to_bring_up(front, router)
                 if failed is None:
                     break
@@ -137,6 +137,8 @@ class Supervisor:
     async def _failure_to_bring_up(self, front: "Front", router: Router) -> AegaeonError | None:
         limit_s = self._pool.supervision.start_timeout
         try:
+            self.instance = self._spawn()
+            self.instance.watch()
             async with asyncio.timeout(limit_s):
                 await self.bring_up(front, router)
         except AegaeonError as error:
@@ -178,13 +180,17 @@ class Supervisor:
             }
             for model in models
         }
-        await self.ask("configure", models=settings)
-        before = {model.name: model.pin for model in old.models}
+        # Between two steps: as long as a step, or an order, takes.
+        await self.ask("configure", timeout_s=None, models=settings)
+        before = {model.name: model for model in old.models}
         for model in models:
-            known = self._models[model.name]
-            self._models[model.name] = model.model_copy(update={"pin": known.pin})
-            if model.pin == before[model.name]:
-                continue  # as it was in the file; an operator may have ordered otherwise since
+            # Of what the file says only what it says anew: the rest may be an operator's order.
+            was = before[model.name]
+            live = [key for key in LIVE_MODEL_KEYS if getattr(model, key) != getattr(was, key)]
+            update = {key: getattr(model, key) for key in live if key != "pin"}
+            self._models[model.name] = self._models[model.name].model_copy(update=update)
+            if model.pin == was.pin:
+                continue
             try:
                 await self.ask("pin" if model.pin else "unpin", timeout_s=None, model=model.name)
             except (OrderRefused, UnknownModel) as error:
@@ -203,8 +209,8 @@ class Supervisor:
         self._socket_dir = self._runtime_dir / str(self._generation)
         self._socket_dir.mkdir(mode=0o700)
         return InstanceProcess(
-            self._pool,
-            tuple(self._models.values()),
+            self._pool.model_copy(update={"models": self.models}),
+            self.models,
             runtime_dir=self._runtime_dir,
             socket_dir=self._socket_dir,
         )
@@ -229,9 +235,11 @@ class Supervisor:
 
     def _unavailable(self, why: AegaeonError) -> Unavailable:
         backing_off_s = BACK_OFF_S[min(len(self._restarts), len(BACK_OFF_S) - 1)]
+        # Why an instance does not start may name paths: that is for the log.
+        reason = str(why) if isinstance(why, InstanceDied) else "the instance has failed"
         return Unavailable(
             "instance_restarting",
-            f"{why}; it is being started anew, and the request can be sent again",
+            f"{reason}; it is being started anew, and the request can be sent again",
             retry_after_s=round(backing_off_s + self._start_s) + 1,
         )
 

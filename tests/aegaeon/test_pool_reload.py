@@ -153,6 +153,6 @@ def test_a_change_is_taken_on_and_said_and_a_bad_file_changes_nothing(tmp_path, 
         asyncio.run(run())
     assert [(pool.server.max_n, pool.server.port) for pool in applied] == [(2, 8000)]
     assert "did you mean 'priority'" in caplog.text
-    assert "could not be taken on: the instance is being started anew" in caplog.text
+    assert "could not be taken on, yet: the instance is being started anew" in caplog.text
     assert "server.max_n: 4 -> 2" in caplog.text
     assert "server.port: 8000 -> 9: needs a restart of the server" in caplog.text

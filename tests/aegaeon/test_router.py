@@ -555,3 +555,58 @@ def test_a_model_with_open_requests_is_removed_after_them_or_stays():
             await removed
 
     asyncio.run(run())
+
+
+def test_adapters_stay_when_aliases_change_and_no_name_is_given_twice():
+    async def run() -> None:
+        router = make_bare_router()
+        await router.resume([replace(served("a", "old"), adapters=("lora",)), served("b")])
+        limits = Limits(max_body_bytes=1000, max_open_requests=2)
+        aliases = {"a": ("new",), "b": ("lora", "new", "second")}
+        router.reconfigure(limits=limits, admit=None, aliases=aliases)
+        transport = httpx.ASGITransport(router)
+        async with httpx.AsyncClient(transport=transport, base_url="http://pool") as client:
+            owners = {
+                name: (await client.post(CHAT, json={"model": name})).json().get("served_by")
+                for name in ("a", "new", "lora", "b", "second", "old")
+            }
+        assert owners == {
+            "a": "a", "new": "a", "lora": "a", "b": "b", "second": "b", "old": None,
+        }  # fmt: skip
+        with pytest.raises(OrderRefused, match="'lora' is taken"):
+            await router.add(served("lora"))
+
+    asyncio.run(run())
+
+
+def test_the_limit_holds_for_requests_that_wait_for_admission_together():
+    async def run() -> None:
+        goes_on = asyncio.Event()
+        admitted = asyncio.Event()
+
+        async def wait(request: Request) -> JSONResponse:
+            await goes_on.wait()
+            return JSONResponse({})
+
+        async def admit(model: str, prompt_tokens: int, ttft_ms: float | None) -> float:
+            await admitted.wait()
+            return 0.0
+
+        app = Starlette(routes=[Route(CHAT, wait, methods=["POST"])])
+        router = make_bare_router(admit=admit)
+        await router.resume([served("a", app=app)])
+        transport = httpx.ASGITransport(router)
+        async with httpx.AsyncClient(transport=transport, base_url="http://pool") as client:
+            requests = [
+                asyncio.create_task(client.post(CHAT, json={"model": "a"})) for _ in range(5)
+            ]
+            await asyncio.sleep(0.05)
+            admitted.set()
+            while router.num_open("a") < 2:
+                await asyncio.sleep(0)
+            await asyncio.sleep(0.05)
+            goes_on.set()
+            statuses = [(await request).status_code for request in requests]
+        assert sorted(statuses) == [200, 200, 429, 429, 429]
+
+    asyncio.run(run())

@@ -20,6 +20,7 @@ class ServedModel:
     """One model's OpenAI application.
 
     cards: its entries of `/v1/models`, one per served name.
+    adapters: names of its adapters, by which it is asked for too.
     rename: has the application answer to these aliases beside the name, and to no others.
     """
 
@@ -28,6 +29,11 @@ class ServedModel:
     app: AsgiApp
     cards: Callable[[], Awaitable[list[dict[str, Any]]]]
     rename: Callable[[tuple[str, ...]], None] = lambda aliases: None
+    adapters: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name, *self.aliases, *self.adapters)
 
 
 def unserved(name: str, aliases: tuple[str, ...]) -> ServedModel:

@@ -159,7 +159,11 @@ class Router:
             await _stop(application)
 
     async def add(self, model: ServedModel) -> None:
-        """Serve one more model. Raises what the start of its application does."""
+        """Serve one more model. Raises what the start of its application does, and OrderRefused
+        when one of its names is taken.
+        """
+        if taken := self._by_name.keys() & {*model.names}:
+            raise OrderRefused(f"the name {min(taken)!r} is taken")
         async with AsyncExitStack() as started:
             await started.enter_async_context(_running(model.app))
             self._running[model.name] = started.pop_all()
@@ -206,17 +210,19 @@ class Router:
         """Go by these from the next request on. aliases: model -> its names beside its own."""
         self._limits = limits
         self._admit = admit
-        self._models = tuple(
-            replace(model, aliases=aliases.get(model.name, model.aliases)) for model in self._models
-        )
+        taken = {name for model in self._models for name in (model.name, *model.adapters)}
+        renamed = []
         for model in self._models:
-            model.rename(model.aliases)
+            wanted = aliases.get(model.name, model.aliases)
+            free = tuple(alias for alias in wanted if alias not in taken)
+            taken.update(free)
+            renamed.append(replace(model, aliases=free))
+            model.rename(free)
+        self._models = tuple(renamed)
         self._name_models()
 
     def _name_models(self) -> None:
-        self._by_name = {
-            name: model for model in self._models for name in (model.name, *model.aliases)
-        }
+        self._by_name = {name: model for model in self._models for name in model.names}
 
     def num_open(self, model: str | None = None) -> int:
         """How many requests the application of `model` is answering; None: those of all."""
@@ -277,12 +283,53 @@ class Router:
         note_model(scope, model.name)
         if (reason := self._failures().get(model.name)) is not None:
             return _out_of_service(name, reason)
+        if (limited := self._limited(model)) is not None:
+            return limited
+        too_many = too_many_answers(self._limits.max_n, request)
+        if too_many is not None:
+            return too_many
+        if scope["path"] in _TOKEN_ROUTES:
+            try:
+                wanted = objectives(_headers(scope), request)
+            except BadObjective as error:
+                return error_response(400, str(error), code="invalid_slo", param=error.param)
+            refusal = await self._refusal(model, len(body), wanted)
+            if refusal is not None:
+                return refusal
+            if wanted:
+                changed = with_objectives(request, wanted)
+                body = dumped(changed) if at_once else await asyncio.to_thread(dumped, changed)
+                scope = {**scope, "headers": _with_length(scope["headers"], len(body))}
+        # From here on nothing waits: what is found holds when the request is counted. Meanwhile the
+        # model may have gone, or be that of another instance.
+        if self._down is not None:
+            return self._down.response()
+        model = self._by_name.get(name)
+        if model is None:
+            return self._unknown(name)
+        if (limited := self._limited(model)) is not None:
+            return limited
         num_open = self._open_by_model  # of these models: after a restart there are others
-        if num_open[model.name] >= self._limits.max_open_requests:
+        num_open[model.name] += 1
+        open_request = OpenRequest(scope, receive, send)
+        self._open.add(open_request)
+        try:
+            # The original `receive` goes on behind the body: a disconnect aborts the request.
+            replayed = _replayed(body, receive)
+            app = model.app
+            await open_request.run(lambda relay: app(scope, replayed, relay))
+        finally:
+            self._open.discard(open_request)
+            num_open[model.name] -= 1
+        return None
+
+    def _limited(self, model: ServedModel) -> Response | None:
+        """When as many requests are open as may be."""
+        if self._open_by_model[model.name] >= self._limits.max_open_requests:
             return error_response(
                 429,
-                f"{self._limits.max_open_requests} requests are open for the model {name!r}; "
-                f"try again later",
+                f"{self._limits.max_open_requests} requests are open for the model "
+                f"{model.name!r}; try again later",
                 type="rate_limit_error",
                 code="rate_limit_exceeded",
                 param="model",
@@ -296,35 +343,6 @@ class Router:
                 code="server_overloaded",
                 retry_after_s=1,
             )
-        too_many = too_many_answers(self._limits.max_n, request)
-        if too_many is not None:
-            return too_many
-        if scope["path"] in _TOKEN_ROUTES:
-            try:
-                wanted = objectives(_headers(scope), request)
-            except BadObjective as error:
-                return error_response(400, str(error), code="invalid_slo", param=error.param)
-            refusal = await self._refusal(model, len(body), wanted)
-            if refusal is not None:
-                return refusal
-            if self._down is not None:
-                return self._down.response()
-            if self._by_name.get(name) is not model:
-                return self._unknown(name)  # removed while we waited
-            if wanted:
-                changed = with_objectives(request, wanted)
-                body = dumped(changed) if at_once else await asyncio.to_thread(dumped, changed)
-                scope = {**scope, "headers": _with_length(scope["headers"], len(body))}
-        num_open[model.name] += 1
-        open_request = OpenRequest(scope, receive, send)
-        self._open.add(open_request)
-        try:
-            # The original `receive` goes on behind the body: a disconnect aborts the request.
-            replayed = _replayed(body, receive)
-            await open_request.run(lambda relay: model.app(scope, replayed, relay))
-        finally:
-            self._open.discard(open_request)
-            num_open[model.name] -= 1
         return None
 
     async def _refusal(

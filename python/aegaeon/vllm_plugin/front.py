@@ -1,5 +1,6 @@
 """The front's half of vLLM: one OpenAI application and one engine client per model."""
 
+import gc
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -29,6 +30,8 @@ class Front:
 
     async def serve(self, model: ModelConfig, addresses: Mapping[str, str]) -> ServedModel:
         """Attach to the engine core of `model`, once it is loaded, and build its application."""
+        if self._owners.setdefault(model.name, model.name) != model.name:
+            raise ConfigError(f"the name {model.name!r} is that of an adapter")
         namespace = serve_args(model, device_kind=self._device_kind)
         adapters = self._adapters_of(model, namespace)
         # Reads files, and inspects the model in a process of its own: not on the event loop.
@@ -47,7 +50,8 @@ class Front:
 
         return ServedModel(
             name=model.name,
-            aliases=(*model.aliases, *adapters),
+            aliases=model.aliases,
+            adapters=tuple(adapters),
             app=app,
             cards=cards,
             rename=lambda aliases: rename(app, (model.name, *aliases)),
@@ -74,6 +78,10 @@ class Front:
         client = self._clients.pop(name, None)
         if client is not None:
             client.shutdown()
+        self._owners = {each: owner for each, owner in self._owners.items() if owner != name}
+        # vLLM's application freezes what there is when it starts, as if it were there for good.
+        gc.unfreeze()
+        gc.collect()
 
     def close(self) -> None:
         """Let go of the engine cores; the models of another instance may be served afterwards."""

@@ -130,10 +130,13 @@ class Instance:
         """
         core = self._cores.get(name)
         if core is None:
+            if self.failures.pop(name, None) is not None:
+                return  # it could not be loaded: there is nothing of it
             raise UnknownModel(f"the model {name!r} does not exist")
-        core.poll()
-        if core.load().num_unfinished:
-            raise OrderRefused(f"the model {name!r} has open requests")
+        if name not in self.failures:  # else its requests have ended with an error
+            core.poll()
+            if core.load().num_unfinished:
+                raise OrderRefused(f"the model {name!r} has open requests")
         with suppress(KeyError):  # given up before
             self.loop.remove(name)
         self.switcher.abandon(name)
@@ -196,6 +199,8 @@ class Instance:
 
         def change() -> None:
             for name, settings in models.items():
+                if name not in self._meters:
+                    continue  # it could not be loaded
                 slo = Slo.model_validate(settings["slo"])
                 self._meters[name].slo = slo
                 self.loop.configure(name, slo=slo, priority=settings["priority"])

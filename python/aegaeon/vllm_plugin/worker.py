@@ -98,7 +98,9 @@ class ArenaWorker(Worker):
         kv_blocks.renumber_tables(self.model_runner, new_ids)
 
     def execute_model(self, scheduler_output: Any) -> Any:
-        if self._kv is not None and self._kv_bytes is not None:
+        # A step without tokens only reports finished requests, and the model may be away.
+        tokens = scheduler_output.total_num_scheduled_tokens
+        if tokens and self._kv is not None and self._kv_bytes is not None:
             if self._kv_generation != self._kv.region.generation:
                 kv_zeroing.zero_null_block(self._kv_bytes, self._kv.layouts)
                 self._kv_generation = self._kv.region.generation
