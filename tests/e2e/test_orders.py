@@ -3,9 +3,7 @@
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -68,23 +66,6 @@ def test_models_come_and_go_by_order(server):
     body: dict[str, Any] = {"model": "llama", "prompt": "Once", "max_tokens": 3}
     assert httpx.post(f"{server.address}/v1/completions", json=body, timeout=60).status_code == 200
     assert states(server)["llama"] == "resident"
-
-
-def test_a_request_that_is_dropped_while_its_model_is_away_harms_nobody(server):
-    """The report of the aborted request is a step of a model whose memory is somebody else's."""
-    url = f"{server.address}/v1/completions"
-    long = {"model": "qwen3", "prompt": "Once", "max_tokens": 300, "ignore_eos": True}
-    long |= {"temperature": 0, "stream": False}
-    expected = httpx.post(url, json=long, timeout=120).json()["choices"][0]["text"]
-    with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(httpx.post, url, json=long, timeout=120)
-        while not answer.done():
-            short = {"model": "llama", "prompt": "Twice", "max_tokens": 200, "stream": True}
-            with httpx.stream("POST", url, json=short | {"ignore_eos": True}, timeout=60) as stream:
-                next(stream.iter_lines())
-                time.sleep(0.02)
-        assert answer.result().json()["choices"][0]["text"] == expected
-    assert httpx.get(f"{server.address}/health").status_code == 200
 
 
 def test_people_read_a_table(server):

@@ -15,3 +15,13 @@ def test_touching_an_evicted_region_faults(what, tiny_models):
     done = run_program("touch_evicted", job_for(models, {}, what=what))
     assert done.returncode == -signal.SIGSEGV, done.stderr[-4000:]
     assert "touching" in json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_report_of_an_aborted_request_touches_no_memory_of_a_model_that_is_away(
+    tiny_models, program
+):
+    models = tiny_models("llama", "qwen3")
+    answer = program("report_evicted", job_for(models, {}))
+    assert answer["mapped"] == 0
+    assert len(answer["before"]) == 20
+    assert answer["after"] == answer["before"]
