@@ -256,6 +256,31 @@ def test_a_request_may_end_while_its_cache_is_shrunk():
     assert_books_are_right(switcher, [a, b])
 
 
+def test_a_cache_whose_blocks_cannot_be_moved_is_evicted_instead(monkeypatch, caplog):
+    """Whoever comes in is not to blame."""
+    switcher, (a, b) = make_caches()
+    switcher.activate("a")
+    a.write(50, 50)
+
+    def fail(*args: object) -> None:
+        raise RuntimeError("a kernel does not compile")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ak.kv, "move", fail)
+        switcher.activate("b")
+    record = switcher.records[-1]
+    assert (record.shrunk, record.evicted, record.compacted_blocks) == ((), ("a",), 0)
+    assert "a kernel does not compile" in caplog.text
+    assert a.contents == {50: 50}
+    b.write(50, 51)
+    switcher.activate("a")
+    assert_blocks_are_intact(a)
+    switcher.activate("b")  # that was then
+    assert switcher.records[-1].shrunk == ("a",)
+    assert_books_are_right(switcher, [a, b])
+    assert_blocks_are_intact(b)
+
+
 def random_row(seed: int, kind: type[LargeCache], num_steps: int) -> Switcher:
     """Models that write, abort and move blocks at any time, with every byte and book compared."""
     rng = random.Random(seed)

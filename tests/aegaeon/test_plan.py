@@ -25,6 +25,8 @@ def unit(
     holds_host: bool = False,
     order: int = 0,
     shrunk: int | None = None,
+    held: int | None = None,
+    holds: bool | None = None,
 ) -> UnitView:
     return UnitView(
         model=model,
@@ -41,6 +43,8 @@ def unit(
         droppable=tag == "kv",
         order=order,
         shrunk_bytes=None if shrunk is None else shrunk * MIB,
+        held_bytes=None if held is None else held * MIB,
+        holds_bytes=(mapped if resident is None else resident) if holds is None else holds,
     )
 
 
@@ -262,7 +266,7 @@ def test_a_plan_makes_room_for_its_target_and_touches_nobody_it_may_not(pool):
         assert units[index].tag == "kv"
         assert index in result.release or (units[index].model != "m0" and not units[index].pinned)
     for index in result.release:
-        assert units[index].resident
+        assert units[index].holds_bytes
     # No drop could have been avoided.
     if host_room >= len(units):
         assert result.release == result.drop == ()
@@ -308,11 +312,37 @@ def test_what_is_evicted_is_not_shrunk_first():
 
 
 def test_a_shrunk_cache_takes_the_rest_of_its_range():
-    a = unit("a", "kv", 20, resident=False)
-    a = UnitView(**{**vars(a), "held_bytes": 5 * MIB})
+    a = unit("a", "kv", 20, resident=False, holds=True, held=5)
     result = plan([a, unit("b", size=30)], "a", free=15)
     assert (result.bring_in, result.evict) == ((0,), ())
     assert plan([a, unit("b", size=30)], "a", free=14).evict == (1,)
+
+
+def shrunk_with_copies() -> list[UnitView]:
+    return [
+        unit("a", "kv", 20, needs_host=True, busy=True),
+        unit("b", "kv", 20, resident=False, holds=True, held=5, holds_host=True, used=1.0),
+        unit("c", mapped=False, size=20),
+    ]
+
+
+def test_copies_of_a_shrunk_cache_are_released_before_it_is_dropped():
+    result = plan(shrunk_with_copies(), "c", free=0, host_fits=fits_after({1}))
+    assert (result.evict, result.release, result.drop) == ((0,), (1,), ())
+
+
+def test_a_shrunk_cache_that_stays_is_not_dropped_for_another():
+    units = shrunk_with_copies()
+    units.append(unit("d", "kv", 20, mapped=False, holds_host=True, used=2.0))
+    result = plan(units, "c", free=0, host_fits=lambda evicted, taken: {1, 3} <= {*taken})
+    assert (result.evict, result.release, result.drop) == ((0,), (1,), (3,))
+
+
+def test_what_is_mapped_in_part_and_lost_has_no_copies_to_spare():
+    units = shrunk_with_copies()
+    units[1] = unit("b", "kv", 20, resident=False, held=5, holds_host=True)
+    result = plan(units, "c", free=0, host_fits=fits_after({1}))
+    assert (result.evict, result.release, result.drop) == ((0,), (), (1,))
 
 
 sizes = st.integers(0, 20)

@@ -22,7 +22,7 @@ from switcher_support import (
 )
 
 import aegaeon_kernels as ak
-from aegaeon.core.errors import CapacityError
+from aegaeon.core.errors import CapacityError, OrderRefused
 from aegaeon.switching.residency import ModelState
 from aegaeon.switching.switcher import SwitchFailed, SwitchRecord
 from aegaeon_kernels.kv_layout import KVLayout, Plane
@@ -311,6 +311,59 @@ def test_removing_a_model_gives_everything_back():
     assert stats.free_bytes == stats.capacity_bytes
     assert "a" not in switcher.models
     switcher.activate("b")
+
+
+def test_the_device_is_quiet_before_a_model_loses_its_memory():
+    switcher, (a, b, _) = make_switcher(capacity=2 * (WEIGHTS + KV))
+    switcher.activate("a")
+    switcher.activate("b")
+    mapped_then: list[tuple[int, int]] = []
+    switcher.quiesce = lambda: mapped_then.append((a.kv.mapped_bytes, b.kv.mapped_bytes))
+    switcher.abandon("a")
+    switcher.remove_model("b")
+    assert mapped_then == [(KV, KV), (0, KV)]
+    switcher.remove_model("a")  # it has nothing on the device
+    assert len(mapped_then) == 2
+
+
+def never_quiet() -> None:
+    raise RuntimeError("an illegal memory access was encountered")
+
+
+def test_a_model_that_is_given_up_keeps_its_memory_while_the_device_may_use_it(caplog):
+    switcher, (a, b, _) = make_switcher(capacity=WEIGHTS + KV)
+    switcher.activate("a")
+    a.write(1, 1)
+    switcher.quiesce = never_quiet
+    switcher.abandon("a")
+    assert "an illegal memory access" in caplog.text
+    assert (a.weights.mapped_bytes, a.kv.mapped_bytes) == (WEIGHTS, KV)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        switcher.remove_model("a")
+    assert (a.weights.mapped_bytes, a.kv.mapped_bytes) == (WEIGHTS, KV)
+    switcher.quiesce = lambda: None
+    switcher.activate("b")
+    b.assert_intact()
+    assert switcher.totals.bytes_out == 0
+    switcher.remove_model("a")
+    assert_ledger_holds(switcher)
+
+
+def test_a_model_out_of_service_is_not_brought_in():
+    switcher, (a, *_) = make_switcher(capacity=WEIGHTS + KV)
+    switcher.abandon("a")
+    switcher.activate("b")
+    with pytest.raises(OrderRefused, match="'a' is out of service"):
+        switcher.activate("a")
+    assert not switcher.prefetch("a")
+    assert switcher.is_resident("b")
+    assert switcher.current == "b"
+    assert (a.weights.mapped_bytes, a.kv.mapped_bytes) == (0, 0)
+    # Nor when it could not be unmapped.
+    switcher.quiesce = never_quiet
+    switcher.abandon("b")
+    with pytest.raises(OrderRefused, match="'b' is out of service"):
+        switcher.activate("b")
 
 
 def test_a_second_model_of_one_name_is_refused():

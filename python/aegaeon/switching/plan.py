@@ -16,11 +16,13 @@ class UnitView:
     size_bytes: device memory it takes when mapped as a whole. held_bytes: what it takes now; None:
     all of that when it is mapped.
     shrunk_bytes: what is left of that when it gives back what it does not need; None: it cannot.
+    resident: all of it is on the device. holds_bytes: what its model needs of it is there, if not
+    all that the model needs to run (a shrunk cache).
     move_cost_bytes: bytes to copy if it is evicted now and wanted again.
     last_used: when its model last ran, on any clock. busy: whether it has open requests.
     needs_host: evicting it takes host memory that it does not have yet.
     holds_host: it holds host memory that may be taken from it: by keeping the bytes on the device
-    only when it is resident, else by losing them (KV: they are computed again).
+    only when it holds them there, else by losing them (KV: they are computed again).
     droppable: its bytes may be given up.
     order: where all else is equal, lower is evicted earlier, whenever its model was last used.
     """
@@ -30,6 +32,7 @@ class UnitView:
     size_bytes: int
     mapped: bool
     resident: bool
+    holds_bytes: bool
     move_cost_bytes: int
     last_used: float
     pinned: bool = False
@@ -141,7 +144,7 @@ def plan_activation(
         bring_in=bring_in,
         release=tuple(index for index in release if index not in evict),
         # What stays on the device has only lost its copies, which come before drops.
-        drop=tuple(index for index in drop if index in evict or not units[index].resident),
+        drop=tuple(index for index in drop if index in evict or not units[index].holds_bytes),
         shrink=_needed(all_units, shrink, evict, all_wanted_bytes),
     )
 
@@ -164,10 +167,10 @@ def _needed(
 def _host_memory_to_take(
     units: Sequence[UnitView], target: str, release: list[int], drop: list[int]
 ) -> list[tuple[list[int], int]]:
-    """(list to put it on, index), in the order of what it costs: copies of what is resident, then
-    units of idle models, then those of busy ones; the least recently used first.
+    """(list to put it on, index), in the order of what it costs: copies of what is on the device,
+    then units of idle models, then those of busy ones; the least recently used first.
     """
-    copies = [index for index, unit in enumerate(units) if unit.resident and unit.holds_host]
+    copies = [index for index, unit in enumerate(units) if unit.holds_bytes and unit.holds_host]
     droppable = [
         index
         for index, unit in enumerate(units)

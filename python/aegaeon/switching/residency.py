@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import aegaeon_kernels as ak
+from aegaeon.core.errors import AegaeonError
 from aegaeon.switching.kv_store import BlockShape, HostKVStore
 from aegaeon_kernels.kv_compact import Moves
 from aegaeon_kernels.kv_layout import ByteRange, KVLayout, unused_ranges
@@ -34,6 +35,14 @@ class ModelState(enum.Enum):
     RESIDENT = "resident"
     EVICTING = "evicting"
     FAILED = "failed"
+
+
+class CannotMove(AegaeonError):
+    """The blocks of a KV cache could not be moved on the device, for a reason that is not the
+    arena's: a kernel that does not compile, no memory for its tables. They are where they were.
+
+    Handled by the switcher, which evicts the cache instead of shrinking it.
+    """
 
 
 class Unit(ABC):
@@ -274,6 +283,7 @@ class KVUnit(Unit):
         self._written: set[int] = set()  # blocks whose copy, if there is one, is out of date
         self._saving: dict[int, int] = {}
         self._loading: list[int] = []  # slots
+        self._movable = True  # until moving has failed; tried again when it has been evicted
         # Of transfers that failed: whether the driver still works on them, nobody knows.
         self._in_doubt: list[int] = []
 
@@ -337,7 +347,7 @@ class KVUnit(Unit):
         is nothing to be won.
         """
         # A copy that may still be under way takes no notice of blocks that move.
-        if not self.resident or self._in_doubt or not self._layouts:
+        if not self.resident or self._in_doubt or not self._layouts or not self._movable:
             return self.mapped_bytes
         num_needed = self._num_needed()
         if num_needed == 0:
@@ -349,6 +359,9 @@ class KVUnit(Unit):
 
         Only between two steps, and only when resident. On a GPU the moves are ordered on the
         current stream and may not be over when it returns. Nothing is given back yet.
+
+        Raises CannotMove, after which it does not offer to shrink until it has been evicted, and
+        what the arena raises.
         """
         live = self.book.live()
         moves = ak.kv.plan_compaction(live, pinned_block_ids=self.book.immovable())
@@ -360,7 +373,15 @@ class KVUnit(Unit):
         if not len(moves.src_ids):
             return
         self._forget_dead(self.book.live())
-        ak.kv.move(self.region, moves.src_ids, moves.dst_ids, self._layouts)
+        try:
+            ak.kv.move(self.region, moves.src_ids, moves.dst_ids, self._layouts)
+        except ak.Error:
+            raise
+        except Exception as error:
+            # Of torch and Triton, which have no common root. What has been moved is in blocks that
+            # nobody uses: nothing has happened.
+            self._movable = False
+            raise CannotMove(f"blocks of {self.region.owner!r} cannot be moved: {error}") from error
         self.book.renumber(moves)
         renamed = dict(zip(moves.src_ids.tolist(), moves.dst_ids.tolist(), strict=True))
         overwritten = set(renamed.values())
@@ -435,6 +456,7 @@ class KVUnit(Unit):
 
     def unmap(self) -> None:
         super().unmap()
+        self._movable = True
         # Possible only when no transfer touches the region any more.
         self._store.release(self._in_doubt)
         self._in_doubt = []

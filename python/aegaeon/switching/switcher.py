@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 import aegaeon_kernels as ak
 from aegaeon.core.clock import Clock
 from aegaeon.core.config import format_bytes
-from aegaeon.core.errors import AegaeonError, CapacityError
+from aegaeon.core.errors import AegaeonError, CapacityError, OrderRefused
 from aegaeon.switching.kv_store import HostKVStore
 from aegaeon.switching.plan import ActivationPlan, UnitView, plan_activation
 from aegaeon.switching.residency import (
+    CannotMove,
     DroppedKV,
     KVUnit,
     ModelMemory,
@@ -175,8 +176,12 @@ class Switcher:
         return self.arena.reserve(size_bytes, owner=name, tag=tag)
 
     def remove_model(self, name: str) -> None:
-        """Forget `name` and give back all it had, address ranges and host memory included."""
+        """Forget `name` and give back all it had, address ranges and host memory included.
+
+        When `quiesce` raises, which is passed on, nothing has changed.
+        """
         memory = self._models[name]
+        self._quiesce_for(memory)
         for unit in list(memory.units):
             unit.close()
             memory.units.remove(unit)
@@ -186,18 +191,32 @@ class Switcher:
         self.on_remove(name)
 
     def abandon(self, name: str) -> None:
-        """Take the device memory of a model that will never run again; its KV is not saved."""
+        """Take the device memory of a model that will never run again; its KV is not saved.
+
+        What cannot be taken, because the device may still use it or a driver call failed, stays
+        evictable, at no cost: the next switch that needs the room tries again.
+        """
         memory = self._models[name]
         memory.failed = True
         memory.pinned = False
         for unit in memory.units:
+            if isinstance(unit, KVUnit):
+                unit.disown()
+        try:
+            self._quiesce_for(memory)
+        except Exception as error:  # torch's; that is why the model failed, perhaps
+            logger.warning(f"the memory of {name!r} stays in use: {error}")
+            return
+        for unit in memory.units:
             try:
                 unit.unmap()
             except ak.Error as error:
-                # It stays evictable, at no cost: the next switch that needs the room tries again.
                 logger.warning(f"cannot unmap {unit.tag} of {name!r}: {error}")
-            if isinstance(unit, KVUnit):
-                unit.disown()
+
+    def _quiesce_for(self, memory: ModelMemory) -> None:
+        """Before memory of that model changes hands, if it has any."""
+        if any(unit.mapped_bytes for unit in memory.units):
+            self.quiesce()
 
     @property
     def models(self) -> dict[str, ModelMemory]:
@@ -230,12 +249,15 @@ class Switcher:
         evict_first: of units that cost the same to bring back, those of these models go first, in
         this order.
 
-        Raises CapacityError when it can never fit (nothing was touched), SwitchFailed when a
-        driver call or a copy failed: then the previous state is restored as far as the device
-        allows, and what could not be restored is on the host, complete.
+        Raises OrderRefused for a model that is out of service and CapacityError when it can never
+        fit (nothing was touched), SwitchFailed when a driver call or a copy failed: then the
+        previous state is restored as far as the device allows, and what could not be restored is
+        on the host, complete.
         """
         started = self.clock.now()
         memory = self._models[name]
+        if memory.failed:
+            raise OrderRefused(f"the model {name!r} is out of service")
         if memory.state is ModelState.RESIDENT:
             if self.current != name:
                 self.totals.hot += 1
@@ -275,6 +297,12 @@ class Switcher:
                     unit.map()
             with self._phase(phases, "load"):
                 bytes_in = self._load(incoming)
+        except CannotMove as error:
+            # Nothing has been unmapped yet, and that cache does not offer to shrink any more.
+            self.totals.bytes_out += bytes_out
+            logger.warning(f"{error}; its cache is evicted where it would have been shrunk")
+            self.activate(name, evict_first)
+            return
         except ak.Error as error:
             self.totals.failed += 1
             self._undo(incoming, evicted)
@@ -346,12 +374,14 @@ class Switcher:
 
         Takes free memory and the weights of others, which need no copy out; never those of the
         current model or of a pinned one, nor KV. The next `activate(name)` waits for what is
-        missing. Whether they are under way or there already; False when there is no room for them.
+        missing. Whether they are under way or there already; False when there is no room for them,
+        or the model is out of service.
 
         A failure is logged and changes nothing that counts: the switch then has more to bring in.
         """
-        unit = next((u for u in self._models[name].units if isinstance(u, WeightsUnit)), None)
-        if unit is None:
+        memory = self._models[name]
+        unit = next((u for u in memory.units if isinstance(u, WeightsUnit)), None)
+        if unit is None or memory.failed:
             return False
         if unit.resident or unit.loading_ahead:
             return True
@@ -404,6 +434,7 @@ class Switcher:
             size_bytes=unit.size_bytes,
             mapped=unit.mapped_bytes > 0,
             resident=unit.resident,
+            holds_bytes=unit.holds_bytes,
             move_cost_bytes=move_cost_bytes,
             busy=not model.failed and self.is_busy(model.name),
             last_used=model.last_used,
