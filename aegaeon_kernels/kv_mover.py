@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import enum
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,9 +22,10 @@ import numpy.typing as npt
 
 from aegaeon_kernels import kv
 from aegaeon_kernels.arena import Region
+from aegaeon_kernels.errors import Error
 from aegaeon_kernels.host_image import HostImage
 from aegaeon_kernels.kv_layout import KVLayout, Plane, packed_copies
-from aegaeon_kernels.prefetch import Prefetcher
+from aegaeon_kernels.prefetch import Prefetcher, Ticket
 
 # Programs of a pack or unpack: enough for the link, and decoding goes on beside them.
 PROGRAMS = 8
@@ -103,7 +105,8 @@ class BlockMover:
 
         path: the way to take; None: what the rule says. slots: distinct. Raises ValueError for ids
         and slots that are outside, repeated or of unequal number, and for a way that is not there;
-        what Ticket.wait raises when a copy fails: then the slots are worth nothing.
+        what Ticket.wait raises when a copy fails: then the slots are worth nothing, and no copy is
+        on its way any more.
         """
         return self._move(region, layouts, block_ids, image, slots, path, store=True)
 
@@ -240,28 +243,44 @@ class BlockMover:
             self._staging.tensor((half_bytes,), torch.uint8, offset) for offset in (0, half_bytes)
         ]
         wait = _wait_for_stream(self._staging)
-        tickets: list[Callable[[], None]] = []
-        for number, batch in enumerate(batches):
-            begin = number % 2 * half_bytes
-            copies = _runs(slots[batch], per_block, begin)
-            if store:
-                if number >= 2:
-                    tickets[number - 2]()  # its half is free again
-                kv.pack(region, ids[batch], halves[number % 2], layouts, max_ctas=PROGRAMS)
+        with _over_at_the_end() as tickets:
+            for number, batch in enumerate(batches):
+                begin = number % 2 * half_bytes
+                copies = _runs(slots[batch], per_block, begin)
+                if store:
+                    if number >= 2:
+                        tickets[number - 2].wait()  # its half is free again
+                    kv.pack(region, ids[batch], halves[number % 2], layouts, max_ctas=PROGRAMS)
+                    wait()
+                    tickets.append(self._prefetcher.store(self._staging, image, order=copies))
+                    continue
+                if number == 0:
+                    tickets.append(self._prefetcher.load(image, self._staging, order=copies))
+                tickets[number].wait()
+                if number + 1 < len(batches):
+                    other = (number + 1) % 2 * half_bytes
+                    following = _runs(slots[batches[number + 1]], per_block, other)
+                    tickets.append(self._prefetcher.load(image, self._staging, order=following))
+                kv.unpack(halves[number % 2], region, ids[batch], layouts, max_ctas=PROGRAMS)
                 wait()
-                tickets.append(self._prefetcher.store(self._staging, image, order=copies).wait)
-                continue
-            if number == 0:
-                tickets.append(self._prefetcher.load(image, self._staging, order=copies).wait)
-            tickets[number]()
-            if number + 1 < len(batches):
-                other = (number + 1) % 2 * half_bytes
-                following = _runs(slots[batches[number + 1]], per_block, other)
-                tickets.append(self._prefetcher.load(image, self._staging, order=following).wait)
-            kv.unpack(halves[number % 2], region, ids[batch], layouts, max_ctas=PROGRAMS)
-            wait()
+
+
+@contextmanager
+def _over_at_the_end() -> Iterator[list[Ticket]]:
+    """Of the tickets put on the list, none is on its way after the block, whatever it raises."""
+    tickets: list[Ticket] = []
+    try:
+        yield tickets
         for ticket in tickets:
-            ticket()
+            ticket.wait()
+    except BaseException:
+        for ticket in tickets:
+            ticket.cancel()
+        for ticket in tickets:
+            # The first error is the one to report; here only the end of the copies matters.
+            with suppress(Error):
+                ticket.wait()
+        raise
 
 
 def _runs(slots: npt.NDArray[np.int64], per_block: int, begin: int) -> list[tuple[int, int, int]]:

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from kernel_support import GRANULE, MIB
 from kv_support import SAMPLES, Sample, block_outermost, layer_outermost
+from prefetch_support import SOON, until
 
 import aegaeon_kernels as ak
 from aegaeon_kernels.kv_mover import CALIBRATION_BYTES, BlockMover, Path, PathCost, PathRule
+from aegaeon_kernels.testing import FaultyDevice
 
 
 class Place:
     """A cache in a region, staging memory, and a host image."""
 
     def __init__(self, size_bytes: int, staging_bytes: int = GRANULE) -> None:
-        self.device = ak.Device("host", memory_bytes=64 * MIB)
+        self.device = FaultyDevice(ak.Device("host", memory_bytes=64 * MIB))
         self.arena = ak.Arena(self.device, capacity_bytes=64 * MIB)
         size = -(-size_bytes // GRANULE) * GRANULE
         self.cache = self.arena.reserve(size, owner="cache")
@@ -94,6 +99,60 @@ def test_more_blocks_than_the_staging_memory_holds(num_ids: int) -> None:
     del memory
     place.prefetcher.close()
     place.arena.close()
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("store", [True, False])
+def test_an_error_is_raised_when_no_copy_is_on_its_way_any_more(
+    store: bool, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel fails while the copy of another batch is held."""
+    sample = block_outermost(128 << 10, 2)
+    ids = list(range(12))  # three batches of four
+    copy_name, kernel_name = ("store", "pack") if store else ("load", "unpack")
+    held_copy, num_sound_kernels = (0, 1) if store else (1, 0)
+    copy, kernel = getattr(place.prefetcher, copy_name), getattr(ak.kv, kernel_name)
+    tickets: list[ak.Ticket] = []
+    kernels: list[str] = []
+    held = ExitStack()
+
+    def begin_copy(*args: Any, **kwargs: Any) -> ak.Ticket:
+        if len(tickets) == held_copy:
+            place.device.reset()
+            held.enter_context(place.device.holding("event_synchronize"))
+        tickets.append(copy(*args, **kwargs))
+        return tickets[-1]
+
+    def run_kernel(*args: Any, **kwargs: Any) -> None:
+        kernels.append(kernel_name)
+        if len(kernels) > num_sound_kernels:
+            until(lambda: place.device.calls.get("event_synchronize"))
+            raise Stopped
+        kernel(*args, **kwargs)
+
+    def move() -> None:
+        if store:
+            place.mover.store(place.cache, sample.layouts, ids, place.image, ids, path=Path.PACKED)
+        else:
+            place.mover.load(place.image, ids, place.cache, sample.layouts, ids, path=Path.PACKED)
+
+    monkeypatch.setattr(place.prefetcher, copy_name, begin_copy)
+    monkeypatch.setattr(ak.kv, kernel_name, run_kernel)
+    with ThreadPoolExecutor(1) as pool, held:
+        moved = pool.submit(move)
+        until(lambda: len(kernels) > num_sound_kernels)
+        with pytest.raises(TimeoutError):
+            moved.result(0.05)
+        held.close()
+        with pytest.raises(Stopped):
+            moved.result(SOON)
+    assert all(ticket.done or ticket.error is not None for ticket in tickets)
+    # And all of it can be used again.
+    monkeypatch.undo()
+    move()
 
 
 def test_the_cheapest_way_is_chosen() -> None:
