@@ -149,6 +149,7 @@ def test_an_error_is_raised_when_no_copy_is_on_its_way_any_more(
         held.close()
         with pytest.raises(Stopped):
             moved.result(SOON)
+        del moved  # with the error's frames, and their views of the staging memory
     assert all(ticket.done or ticket.error is not None for ticket in tickets)
     # And all of it can be used again.
     monkeypatch.undo()
