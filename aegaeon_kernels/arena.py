@@ -479,7 +479,8 @@ class Region(ClosedOnExit, MemoryViews):
         that has been mapped; also for what stays mapped when the operation failed after
         before_unmap, which has to be registered again. Of each mapping a hook hears once, however
         many steps of a plan touch it. Both run on the thread that maps or unmaps,
-        without a lock. The region lives until it is closed or its hooks are removed.
+        without a lock, and so does what ends with them. The region lives until it is closed or its
+        hooks are removed.
         """
 
         def bound(hook: Hook | None) -> Callable[[int, int], None] | None:

@@ -66,8 +66,13 @@ bool Notices::tell_before(std::unique_lock<std::mutex>& lock,
     told = true;
     lock.unlock();
     if (call.hooks->before_unmap) call.hooks->before_unmap(call.range);
+    Region const* region = call.region.get();  // the plan has it too
+    auto id = call.hook_id;
+    auto numbers = std::move(call.numbers);
+    // Hooks that have been removed meanwhile end here; what they hold may take the mutex then.
+    calls.clear();
     lock.lock();
-    for (auto number : call.numbers) told_.emplace(call.region.get(), call.hook_id, number);
+    for (auto number : numbers) told_.emplace(region, id, number);
   }
   return told;
 }

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 from kernel_support import GRANULE
+from prefetch_support import SOON
 
 import aegaeon_kernels as ak
 from aegaeon_kernels.testing import FaultyDevice
@@ -133,6 +136,32 @@ def test_what_is_mapped_anew_while_hooks_run_is_told_of_as_it_is(region: ak.Regi
     region.unmap(0, 2 * LARGE)
     assert registry.calls == [("goes", 0, 1), ("comes", 0, 1), ("goes", 0, 2)]
     assert registry.registered == mapped(region)
+
+
+@pytest.mark.parametrize("whose", ["its own", "the next one"])
+def test_what_a_hook_held_may_use_the_arena_when_it_goes(region: ak.Region, whose: str) -> None:
+    """Taken away while a hook runs, hooks are held by the operation alone; not under its lock."""
+    arena = region.arena
+    seen: list[int] = []
+    hooks: list[ak.Hooks] = []
+
+    class Holder:
+        def before_unmap(self, region: ak.Region, offset: int, size: int) -> None:
+            hooks.pop().remove()
+
+        def __del__(self) -> None:
+            seen.append(arena.stats().owned_bytes)
+
+    if whose == "the next one":
+        region.add_hooks(before_unmap=lambda *_: hooks.pop().remove() if hooks else None)
+    hooks.append(region.add_hooks(before_unmap=Holder().before_unmap))
+    # A thread of its own: it would wait for itself.
+    thread = threading.Thread(target=region.unmap, daemon=True)
+    thread.start()
+    thread.join(SOON)
+    assert not thread.is_alive(), "it waits for the lock that it has"
+    assert seen == [4 * LARGE]
+    assert region.mapped_bytes == 0
 
 
 def test_a_hook_that_refuses_changes_nothing_and_the_others_hear_that_it_stays(
