@@ -120,6 +120,7 @@ def test_a_model_comes_answers_exactly_and_goes_without_a_trace(server, models, 
 def test_a_request_that_is_open_is_waited_for_or_keeps_its_model(server, models):
     add_guest(server, models)
     body = {"model": GUEST, "prompt": "Once", "max_tokens": 400, "ignore_eos": True, "stream": True}
+    body["stream_options"] = {"include_usage": True}
     url = f"{server.address}/v1/completions"
     with httpx.stream("POST", url, json=body, timeout=120) as answer:
         lines = answer.iter_lines()
@@ -132,7 +133,8 @@ def test_a_request_that_is_open_is_waited_for_or_keeps_its_model(server, models)
         going = subprocess.Popen([sys.executable, "-m", "aegaeon", "remove", GUEST, *options])
         rest = [line for line in lines if line.startswith("data:")]
         assert rest[-1] == "data: [DONE]"
-        assert len(rest) >= 399
+        usage = json.loads(rest[-2].removeprefix("data: "))["usage"]
+        assert usage["completion_tokens"] == 400
     assert going.wait(timeout=60) == 0
     assert ask(server, GUEST).status_code == 404
 

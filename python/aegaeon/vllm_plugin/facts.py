@@ -34,7 +34,17 @@ def instance_state(
         model["slo"] = known[model["name"]]
         model["usage"] = asdict(usage.get(model["name"], ModelUsage()))
     state["switches"]["seconds"] = metrics.seconds()
-    return {**state, "loop": asdict(loop.counters)}
+    return {**state, "loop": asdict(loop.counters), "costs": _costs(loop)}
+
+
+def _costs(loop: StepLoop) -> dict[str, Any]:
+    """What the loop has learned, in seconds and bytes; a workload file takes such profiles."""
+    costs = loop.costs
+    return {
+        "link_bytes_per_s": costs.link_bytes_per_s,
+        "switch_s0": costs.switch_s0,
+        "profiles": {name: asdict(profile) for name, profile in list(costs.profiles.items())},
+    }
 
 
 def timeline(loop: StepLoop, since: int = 0) -> dict[str, Any]:
