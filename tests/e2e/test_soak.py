@@ -92,7 +92,6 @@ def check(ours: dict[str, Any], alone: dict[str, Any]) -> None:
     assert ours["aborted"] > 0
     assert ours["evictions"] > 0
     assert ours["switches"]["warm"] > 5
-    assert ours["switches"]["hot"] > 0
 
 
 def test_a_bounded_soak_finds_no_difference(tiny_models):
@@ -107,6 +106,7 @@ def test_the_whole_soak_finds_no_difference(seed, tiny_models):
     models = tiny_models(*ARCHITECTURES)
     ours, alone = both(soak_job(models, seed=seed, num_requests=num_requests))
     check(ours, alone)
+    assert ours["switches"]["hot"] > 0
     assert ours["quanta"] == [1, 2, 3, 5, 8, 32]
     answers = [answer for of in alone["answers"].values() for answer in of.values()]
     counts = {key: ours[key] for key in ("switches", "steps", "evictions", "aborted", "prefetches")}

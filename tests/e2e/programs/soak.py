@@ -81,7 +81,7 @@ class Books:
                 slots = list(unit.copies.values())
                 if len(set(slots)) < len(slots):
                     self.wrong.append(f"two blocks of {name} share a place on the host")
-                if not unit.resident and set(unit.book.live()) - unit.copies.keys():
+                if not unit.holds_bytes and set(unit.book.live()) - unit.copies.keys():
                     self.wrong.append(f"a live block of {name} is nowhere")
 
 
